@@ -1,0 +1,24 @@
+"""gglspeedup feeds graph neural networks: neighbour sampling and feature caching, on GPU or CPU.
+
+Importing it imports no framework and needs no GPU, driver or CuPy.
+"""
+
+from gglspeedup.adjs import Adj, SampledBatch
+from gglspeedup.errors import DeviceError, GGLSpeedupError
+from gglspeedup.gpufeature import CGPUFeature
+from gglspeedup.gpusample import GPUSampler
+from gglspeedup.graph import CSRGraph
+from gglspeedup.threads import set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adj",
+    "CGPUFeature",
+    "CSRGraph",
+    "DeviceError",
+    "GGLSpeedupError",
+    "GPUSampler",
+    "SampledBatch",
+    "set_num_threads",
+]

@@ -1,0 +1,137 @@
+"""What users pass in, turned into checked arrays: node ids, CSR parts, feature matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.errors import ArgumentIndexError, ArgumentTypeError, ArgumentValueError, explain
+
+_CPU, _CUDA, _CUDA_PINNED, _CUDA_MANAGED = 1, 2, 3, 13  # device types of DLPack
+
+
+def on_cuda(value: Any) -> bool:
+    """Return whether an array or tensor of any framework lives in a CUDA device's memory."""
+    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
+        return hasattr(value, "__cuda_array_interface__")
+    return int(value.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+
+
+def host_array(value: Any, argument: str) -> npt.NDArray[Any]:
+    """Return a NumPy array of anything array-like: a view where memory is shared over DLPack, else a copy.
+
+    Parameters
+    ----------
+    value : array-like or tensor
+        NumPy, a list, or a tensor of any framework; one on a GPU is copied to the host.
+    argument : str
+        What to call it in an error.
+    """
+    if isinstance(value, np.ndarray):
+        return value
+    if on_cuda(value):
+        import cupy
+
+        return np.asarray(cupy.asnumpy(cupy.from_dlpack(value)))
+    if hasattr(value, "detach") and hasattr(value, "requires_grad") and value.requires_grad:
+        value = value.detach()
+    if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
+        try:
+            return np.from_dlpack(value)
+        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError):
+            pass  # a dtype or layout that NumPy's DLPack refuses may still convert
+    if hasattr(value, "toarray") and hasattr(value, "nnz"):
+        raise ArgumentTypeError(
+            explain(argument, "a dense array", f"a sparse {type(value).__name__}", "pass .toarray() of it")
+        )
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(
+            explain(argument, "an array or tensor", f"{type(value).__name__} ({error})", "pass a NumPy array or tensor")
+        ) from error
+
+
+def check_ids(array: Any, argument: str) -> None:
+    """Raise unless the array can be a list of node ids: one-dimensional and of an integer dtype."""
+    if array.ndim != 1:
+        raise ArgumentValueError(
+            explain(argument, "one dimension", f"shape {tuple(array.shape)}", "pass a flat list of node ids")
+        )
+    if array.dtype.kind not in "iu":
+        raise ArgumentTypeError(
+            explain(argument, "integers", f"dtype {array.dtype}", "convert it, for example with .astype('int64')")
+        )
+
+
+def host_ids(value: Any, argument: str) -> npt.NDArray[np.int64]:
+    """Return node ids as a C-contiguous int64 NumPy array; their range is not looked at.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        They are not integers, or not one-dimensional.
+    """
+    array = host_array(value, argument)
+    if array.size == 0 and not isinstance(value, np.ndarray) and array.ndim == 1 and isinstance(value, (list, tuple)):
+        return np.empty(0, np.int64)  # an empty list has no integer dtype, and is a list of ids all the same
+    check_ids(array, argument)
+    if array.dtype == np.uint64 and array.size and array.max() > np.uint64(2**63 - 1):
+        first = int(np.argmax(array > np.uint64(2**63 - 1)))
+        raise out_of_range(argument, first, int(array[first]), None)
+    return np.ascontiguousarray(array, np.int64)
+
+
+def out_of_range(argument: str, position: int, value: int, bound: int | None) -> ArgumentIndexError:
+    """Return the error for the id at a position that lies outside [0, bound)."""
+    needs = "ids that fit int64" if bound is None else f"ids from 0 to {bound - 1}"
+    if bound == 0:
+        needs = "no id, as the graph has no node"
+    return ArgumentIndexError(
+        explain(argument, needs, f"{value} at position {position}", "check that graph and ids belong together")
+    )
+
+
+def check_range(ids: npt.NDArray[np.int64], bound: int, argument: str) -> None:
+    """Raise for the first of the ids that lies outside [0, bound)."""
+    # As unsigned numbers the negative ids are the largest ones: one pass finds both kinds.
+    if ids.size and int(ids.view(np.uint64).max()) >= bound:
+        first = int(np.argmax(ids.view(np.uint64) >= np.uint64(bound)))
+        raise out_of_range(argument, first, int(ids[first]), bound)
+
+
+def duplicate(argument: str, position: int, value: int) -> ArgumentValueError:
+    """Return the error for an id that stands twice."""
+    return ArgumentValueError(
+        explain(argument, "unique ids", f"{value} again at position {position}", "pass numpy.unique(...) of them")
+    )
+
+
+def check_sizes(sizes: Any, max_fanout: int, max_hops: int) -> tuple[int, ...]:
+    """Return the fanouts of the hops as ints; every K <= 0 becomes -1, all neighbours.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        No sequence of integers; NaN or broken numbers; above `max_fanout`; no hop or more than `max_hops`.
+    """
+    remedy = "pass one integer a hop, nearest the seeds first, for example [25, 10] (-1: all neighbours)"
+    if isinstance(sizes, (str, bytes)) or not hasattr(sizes, "__iter__"):
+        raise ArgumentTypeError(explain("sizes", "a sequence of integers", repr(sizes), remedy))
+    checked = []
+    for size in sizes:
+        if isinstance(size, (float, np.floating)):
+            if not float(size).is_integer():
+                raise ArgumentValueError(explain("sizes", "whole numbers", repr(size), remedy))
+            size = int(size)
+        if isinstance(size, (bool, np.bool_)) or not hasattr(size, "__index__"):
+            raise ArgumentTypeError(explain("sizes", "integers", repr(size), remedy))
+        size = size.__index__()
+        if size > max_fanout:
+            raise ArgumentValueError(explain("sizes", f"fanouts up to {max_fanout}", size, "-1 takes every neighbour"))
+        checked.append(size if size > 0 else -1)
+    if not 0 < len(checked) <= max_hops:
+        raise ArgumentValueError(explain("sizes", f"1 to {max_hops} hops", f"{len(checked)}", remedy))
+    return tuple(checked)

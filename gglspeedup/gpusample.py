@@ -1,0 +1,200 @@
+"""`GPUSampler`: multi-hop neighbour sampling, the same bits on every device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any, Protocol
+
+from gglspeedup.adjs import Adj, SampledBatch
+from gglspeedup.arguments import check_sizes, host_ids
+from gglspeedup.device import Device, DeviceLike, parse_device
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.sampler_cpu import CpuSampler, Hop
+
+logger = logging.getLogger("gglspeedup")
+
+_PLACEMENTS = ("device", "uva", "auto")
+_EXPANSIONS = ("layer", "frontier")
+MAX_FANOUT, MAX_HOPS, MAX_BATCH = 1024, 256, 1 << 48
+
+
+class _Sampler(Protocol):
+    def sample(
+        self, seeds: Any, sizes: tuple[int, ...], *, seed: int, batch: int, replace: bool, expand: str
+    ) -> tuple[Any, list[Hop]]: ...
+
+
+class GPUSampler:
+    """Samples the neighbourhoods of seed nodes, hop by hop.
+
+    The result is a pure function of (graph, seeds, sizes, replace, seed, batch): the same arrays, bit for bit, on a
+    CPU with any number of threads and on a GPU. A node's draw depends on (seed, batch, hop, node) alone.
+
+    Parameters
+    ----------
+    device : str or int
+        ``"cpu"``, a CUDA ordinal, ``"cuda:1"``, or ``"auto"``.
+    csr : CSRGraph, scipy.sparse matrix or (indptr, indices)
+        Row v lists the neighbours that v samples from.
+    sizes : sequence of int, optional
+        See :meth:`set_size`.
+    seed : int
+        0 to 2**64 - 1, the key of all draws.
+    replace : bool
+        Whether to draw with replacement; without, a row of at most K neighbours gives all, in row order.
+    expand : str
+        ``"layer"``: each hop expands every node found so far. ``"frontier"``: only those new in the last hop.
+    placement : str
+        On a GPU: ``"device"`` keeps the graph in its memory, ``"uva"`` in pinned host memory that the kernels
+        read in place, ``"auto"`` picks by free memory and says so in the log. On the CPU it has no effect.
+
+    Raises
+    ------
+    DeviceError
+        The CUDA device is not there.
+    ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+        An argument cannot be used; the message names it.
+
+    Notes
+    -----
+    One sampler may be called from several threads at once, and pickled into spawned processes.
+
+    Examples
+    --------
+    >>> from gglspeedup import CSRGraph, GPUSampler
+    >>> graph = CSRGraph([0, 2, 3, 4], [1, 2, 0, 0])
+    >>> sampler = GPUSampler("cpu", graph, [2, 2])
+    >>> n_id, adjs = sampler.sample([1])
+    >>> n_id.tolist(), [adj.size for adj in adjs]
+    ([1, 0, 2], [(3, 2), (2, 1)])
+    """
+
+    def __init__(
+        self, device: DeviceLike, csr: GraphLike, sizes: Any = None, *, seed: int = 0, replace: bool = False,
+        expand: str = "layer", placement: str = "auto",
+    ) -> None:  # fmt: skip
+        self.device: Device = parse_device(device)
+        if placement not in _PLACEMENTS:
+            raise ArgumentValueError(explain("placement", f"one of {_PLACEMENTS}", repr(placement), 'leave it "auto"'))
+        if expand not in _EXPANSIONS:
+            raise ArgumentValueError(explain("expand", f"one of {_EXPANSIONS}", repr(expand), 'leave it "layer"'))
+        if not isinstance(replace, bool):
+            raise ArgumentTypeError(explain("replace", "True or False", repr(replace), "pass a bool"))
+        self.seed = _whole_number(seed, "seed", 1 << 64)
+        self.replace = replace
+        self.expand = expand
+        self.placement = placement
+        self._sizes = None if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+        self.graph: CSRGraph = as_graph(csr)
+        self._batch = 0
+        self._lock = threading.Lock()
+        self._sampler = self._make()
+
+    def _make(self) -> _Sampler:
+        if not self.device.is_cuda:
+            return CpuSampler(self.graph)
+        from gglspeedup.placement import place_graph
+
+        return place_graph(self.graph, self.device, self.placement)
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """Fanouts, nearest the seeds first; -1 for all neighbours; None before :meth:`set_size`."""
+        return self._sizes
+
+    def set_size(self, sizes: Any) -> None:
+        """Set the fanouts.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            Fanout of hop 1 (nearest the seeds), hop 2, ...; up to 1024; K <= 0 takes every neighbour.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError
+            It is no such sequence.
+        """
+        self._sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+
+    def sample(self, seeds: Any, batch: int | None = None) -> SampledBatch:
+        """Return the sampled neighbourhood of some seeds.
+
+        Parameters
+        ----------
+        seeds : int array-like or tensor [B]
+            Unique node ids, of any framework, on the host or on the sampler's device.
+        batch : int, optional
+            0 to 2**48 - 1. Default: a counter that advances at every call, so that successive batches differ.
+
+        Returns
+        -------
+        SampledBatch
+            Unpacks as ``n_id, adjs``; int64 arrays of NumPy or, on a GPU, CuPy (on the current CuPy stream).
+            Each is a buffer of its own, used again once all that shares it is gone.
+
+        Raises
+        ------
+        ArgumentIndexError
+            A seed is out of range; the first such one is named.
+        ArgumentTypeError, ArgumentValueError
+            Seeds are not integers, not one-dimensional or not unique, or no sizes are set.
+        """
+        if self._sizes is None:
+            raise ArgumentValueError(
+                explain("sizes", "to be set before sampling", "none", "call set_size([25, 10]) or pass sizes")
+            )
+        ids = self._seeds(seeds)
+        number = self._take_batch() if batch is None else _whole_number(batch, "batch", MAX_BATCH)
+        try:
+            n_id, hops = self._sampler.sample(
+                ids, self._sizes, seed=self.seed, batch=number, replace=self.replace, expand=self.expand
+            )
+        except BaseException:
+            if batch is None:
+                self._untake_batch(number)
+            raise
+        return SampledBatch(n_id, [Adj(*hop) for hop in hops], len(ids), number)
+
+    def _seeds(self, seeds: Any) -> Any:
+        if not self.device.is_cuda:
+            return host_ids(seeds, "seeds")
+        from gglspeedup.placement import device_ids
+
+        return device_ids(seeds, "seeds", self.device)
+
+    def _take_batch(self) -> int:
+        with self._lock:
+            number = self._batch
+            self._batch = (number + 1) % MAX_BATCH
+            return number
+
+    def _untake_batch(self, number: int) -> None:
+        with self._lock:  # bad input changes nothing: the next call gets this number, unless another has moved on
+            if self._batch == (number + 1) % MAX_BATCH:
+                self._batch = number
+
+    def __repr__(self) -> str:
+        sizes = None if self._sizes is None else list(self._sizes)
+        return f"GPUSampler(device={str(self.device)!r}, {self.graph!r}, sizes={sizes}, seed={self.seed})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_sampler")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        parse_device(self.device)  # the process that unpickles may lack the device
+        self._lock = threading.Lock()
+        self._sampler = self._make()
+
+
+def _whole_number(value: Any, argument: str, bound: int) -> int:
+    remedy = "pass a whole number in that range"
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ArgumentTypeError(explain(argument, "an integer", repr(value), remedy))
+    number = int(value.__index__())
+    if not 0 <= number < bound:
+        raise ArgumentValueError(explain(argument, f"0 to {bound - 1}", number, remedy))
+    return number

@@ -1,0 +1,84 @@
+"""Which rows to keep near: node ids, hottest first, by a policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.arguments import check_range, duplicate, host_array, host_ids
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.graph import CSRGraph
+
+Order = npt.NDArray[np.int64]
+
+
+def by_degree(graph: CSRGraph) -> Order:
+    """Return the nodes by falling degree, of equal ones the lower id first."""
+    return np.argsort(-graph.degree(), kind="stable")
+
+
+def by_presampling(graph: CSRGraph, sampler: Any, seeds: Any, batch_size: int) -> Order:
+    """Return the nodes by how many batches of one pre-sampled epoch they are in, of equal ones the lower id first.
+
+    The policy is that of Yang et al., "GNNLab: a factored system for sample-based GNN training over GPUs"
+    (EuroSys 2022), section 5: an epoch is sampled before training, and the most visited nodes are cached.
+
+    Parameters
+    ----------
+    graph : CSRGraph
+        What the features belong to.
+    sampler : GPUSampler
+        With its sizes set; its batch counter is not advanced.
+    seeds : int array-like or tensor
+        The seeds of an epoch; they are visited in their order.
+    batch_size : int
+        Seeds a batch.
+    """
+    ids = host_ids(seeds, "seeds")
+    check_range(ids, graph.num_nodes, "seeds")
+    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
+        raise ArgumentValueError(explain("batch_size", "an integer of at least 1", repr(batch_size), "pass 1024"))
+    visits = np.zeros(graph.num_nodes, np.int32)
+    for number, begin in enumerate(range(0, len(ids), batch_size)):
+        n_id = host_array(sampler.sample(ids[begin : begin + batch_size], batch=number).n_id, "n_id")
+        visits[n_id] += 1  # the ids of a batch are unique
+    return np.argsort(-visits, kind="stable")
+
+
+def hot_order(graph: CSRGraph, policy: Any, sampler: Any, seeds: Any, batch_size: int) -> Order:
+    """Return the node ids, hottest first, that a policy gives.
+
+    Parameters
+    ----------
+    policy : str or int array-like
+        ``"degree"``, ``"presample"`` (with `sampler` and `seeds`), or the order itself: unique node ids; nodes it
+        leaves out are the coldest.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+        It is none of these.
+    """
+    if isinstance(policy, str):
+        if policy == "degree":
+            return by_degree(graph)
+        if policy == "presample":
+            if sampler is None or seeds is None:
+                raise ArgumentTypeError(
+                    explain("policy", "sampler= and seeds= beside it to presample", "none", 'or take policy="degree"')
+                )
+            return by_presampling(graph, sampler, seeds, batch_size)
+        raise ArgumentValueError(
+            explain("policy", '"degree", "presample" or an order of node ids', repr(policy), 'leave it "degree"')
+        )
+    order = host_ids(policy, "policy")
+    check_range(order, graph.num_nodes, "policy")
+    listed = np.zeros(graph.num_nodes, bool)
+    listed[order] = True
+    if int(listed.sum()) != len(order):
+        first = np.sort(np.unique(order, return_index=True)[1])
+        position = int(np.setdiff1d(np.arange(len(order)), first)[0])
+        raise duplicate("policy", position, int(order[position]))
+    return np.concatenate([order, np.flatnonzero(~listed)])

@@ -1,0 +1,1 @@
+"""Kernels: one file an operation and target; they validate nothing (the public calls have)."""

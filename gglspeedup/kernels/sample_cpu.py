@@ -1,0 +1,261 @@
+"""Neighbour sampling of one hop on the CPU: count, draw, gather, relabel.
+
+A hop is cut into chunks of `rows` frontier rows. Workers take chunks by ticket, draw and gather them
+in any order; whoever finishes a chunk relabels, under a try-lock, all chunks that are next in order.
+Local ids are therefore given in the order of the edge list whatever the schedule, nobody waits, and
+only ids not known when the chunk was gathered are left for the part that is serial.
+
+Selection without replacement is Floyd's (Bentley and Floyd, "A sample of brilliance", CACM 1987).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange
+
+from gglspeedup.kernels.intrinsics import exchange, fetch_add, load_acquire, prefetch, store_release
+from gglspeedup.kernels.random import bounded, philox
+
+# Cells of `state`, each on a cache line of its own so that tickets do not slow the lock.
+TICKET, LOCK, NEXT, NODES, STATE_SIZE = 0, 16, 32, 48, 64
+
+_AHEAD = 16  # elements between a prefetch and its use
+SEEN_SIZE = 2048  # cells of the hash set for long rows of picks: twice the largest fanout
+_BLOOM_FANOUT = 32  # up to this fanout one 64-bit word keeps most duplicate scans away
+
+
+def rows_per_chunk(fanout: int) -> int:
+    """Return how many frontier rows make one chunk, about 2048 edges."""
+    return 64 if fanout <= 0 else max(8, min(128, 2048 // fanout))
+
+
+@njit(cache=True, nogil=True)
+def insert_seeds(seeds, num_nodes, base, table, nodes):
+    """Give the seeds the local ids 0, 1, ...; return the first bad place and its kind (0 none, 1 range, 2 repeated)."""
+    for i in range(len(seeds)):
+        if seeds[i] < 0 or seeds[i] >= num_nodes:
+            return i, 1
+    for i in range(len(seeds)):
+        v = seeds[i]
+        if table[v] >= base:
+            return i, 2
+        table[v] = base + i
+        nodes[i] = v
+    return -1, 0
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def count_hop(indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets):
+    """Fill start and degree of the rows nodes[low:high] and the chunks' edge offsets; return the hop's edges."""
+    chunks = len(offsets) - 1
+    for c in prange(chunks):
+        begin = low + c * rows
+        end = min(begin + rows, high)
+        edges = 0
+        for i in range(begin, end):
+            if i + _AHEAD < end:
+                prefetch(indptr, np.int64(nodes[i + _AHEAD]))
+            v = nodes[i]
+            first = indptr[v]
+            d = indptr[v + 1] - first
+            start[i - low] = first
+            degree[i - low] = d
+            if fanout > 0 and (d > fanout or (replace and d > 0)):
+                d = fanout
+            edges += d
+        offsets[c + 1] = edges
+    offsets[0] = 0
+    for c in range(chunks):
+        offsets[c + 1] += offsets[c]
+    return offsets[chunks]
+
+
+@njit(cache=True, nogil=True)
+def _random_words(count, blocks, c1, c2, c3, k0, k1, words):
+    """Fill words[4 * q + lane, r] for row r < count and block q < blocks; the inner loop is one vector loop."""
+    for q in range(blocks):
+        c0 = np.uint32(q)
+        for r in range(count):
+            w0, w1, w2, w3 = philox(c0, c1[r], c2, c3[r], k0, k1)
+            words[4 * q, r] = w0
+            words[4 * q + 1, r] = w1
+            words[4 * q + 2, r] = w2
+            words[4 * q + 3, r] = w3
+
+
+@njit(cache=True, nogil=True)
+def _seen_before(value, tag, seen, tags):
+    """Insert value into the hash set of row `tag`; return whether it was in it."""
+    cell = ((value * 0x9E3779B1) >> 21) & (SEEN_SIZE - 1)
+    while tags[cell] == tag:
+        if seen[cell] == value:
+            return True
+        cell = (cell + 1) & (SEEN_SIZE - 1)
+    tags[cell] = tag
+    seen[cell] = value
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _draw(
+    indices, nodes, low, begin, end, fanout, replace, k0, k1, c2, c3_hop, start, degree, first_edge,
+    position, target, c1, c3, words, seen, tags,
+):  # fmt: skip
+    """Write the chosen positions of rows [begin, end) and their target ids; return the end of their edges."""
+    count = 0
+    for i in range(begin, end):
+        d = degree[i - low]
+        if fanout > 0 and (d > fanout or (replace and d > 0)):
+            v = np.uint64(nodes[i])
+            c1[count] = np.uint32(v)
+            c3[count] = np.uint32((v >> np.uint64(32)) & np.uint64(0xFF)) | c3_hop
+            count += 1
+    _random_words(count, (fanout + 3) // 4, c1, c2, c3, k0, k1, words)
+    r = 0
+    edge = first_edge
+    for i in range(begin, end):
+        first = start[i - low]
+        d = degree[i - low]
+        if fanout <= 0 or (d <= fanout and not (replace and d > 0)):
+            for j in range(d):
+                position[edge + j] = first + j
+                target[edge + j] = i
+                if (j & 7) == 0:
+                    prefetch(indices, first + j)
+            edge += d
+            continue
+        if replace:
+            for j in range(fanout):
+                p = bounded(words[j, r], j, d, c1[r], c2, c3[r], k0, k1)
+                position[edge + j] = first + p
+                target[edge + j] = i
+                prefetch(indices, first + p)
+        elif fanout <= _BLOOM_FANOUT:
+            bloom = np.uint64(0)
+            for j in range(fanout):
+                last = d - fanout + j
+                p = bounded(words[j, r], j, last + 1, c1[r], c2, c3[r], k0, k1)
+                bit = np.uint64(1) << np.uint64(p & 63)
+                if bloom & bit:
+                    for q in range(j):
+                        if position[edge + q] == first + p:
+                            p = last
+                            bit = np.uint64(1) << np.uint64(p & 63)
+                            break
+                bloom |= bit
+                position[edge + j] = first + p
+                target[edge + j] = i
+                prefetch(indices, first + p)
+        else:
+            for j in range(fanout):
+                last = d - fanout + j
+                p = bounded(words[j, r], j, last + 1, c1[r], c2, c3[r], k0, k1)
+                if _seen_before(p, i, seen, tags):
+                    p = last
+                    _seen_before(p, i, seen, tags)
+                position[edge + j] = first + p
+                target[edge + j] = i
+                prefetch(indices, first + p)
+        r += 1
+        edge += fanout
+    return edge
+
+
+@njit(cache=True, nogil=True)
+def _gather_known(indices, begin, end, base, table, position, neighbour, source, pending):
+    """Read the chosen neighbours; write the local ids already given, and list the edges of the others."""
+    for e in range(begin, end):
+        v = indices[position[e]]
+        neighbour[e] = v
+        prefetch(table, np.int64(v))
+    left = begin
+    for e in range(begin, end):
+        local = load_acquire(table, np.int64(neighbour[e]))
+        source[e] = local - base
+        pending[left] = e
+        left += np.int64(local < base)
+    return left
+
+
+@njit(cache=True, nogil=True)
+def _relabel(begin, end, base, count, table, neighbour, pending, nodes, source):
+    """Give local ids, in order, to the edges pending[begin:end]; return the number of nodes found so far."""
+    for q in range(begin, end):
+        e = pending[q]
+        v = neighbour[e]
+        local = table[v]
+        # Written without a branch: half the ids are new and no predictor knows which.
+        fresh = local < base
+        local = base + count if fresh else local
+        store_release(table, np.int64(v), np.int32(local))
+        nodes[count] = v
+        count += np.int64(fresh)
+        source[e] = local - base
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state):
+    """Relabel the chunks that are next in order and gathered, unless somebody is at it."""
+    chunks = len(offsets) - 1
+    while load_acquire(state, NEXT) < chunks and load_acquire(left, load_acquire(state, NEXT)) >= 0:
+        if exchange(state, LOCK, 1) != 0:
+            return
+        c = state[NEXT]
+        count = state[NODES]
+        while c < chunks:
+            end = load_acquire(left, c)
+            if end < 0:
+                break
+            count = _relabel(offsets[c], end, base, count, table, neighbour, pending, nodes, source)
+            c += 1
+        state[NODES] = count
+        store_release(state, NEXT, c)
+        store_release(state, LOCK, 0)
+
+
+@njit(cache=True, nogil=True)
+def _work(
+    worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree, offsets,
+    base, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
+):  # fmt: skip
+    """Take chunks until none is left."""
+    chunks = len(offsets) - 1
+    while True:
+        c = fetch_add(state, TICKET, 1)
+        if c >= chunks:
+            return
+        begin = low + c * rows
+        end = min(begin + rows, high)
+        edge = offsets[c]
+        last = _draw(
+            indices, nodes, low, begin, end, fanout, replace, k0, k1, c2, c3_hop, start, degree, edge,
+            position, target, c1[worker], c3[worker], words[worker], seen[worker], tags[worker],
+        )  # fmt: skip
+        end_pending = _gather_known(indices, edge, last, base, table, position, neighbour, source, pending)
+        if len(edge_ids) > 0:
+            for e in range(edge, last):
+                position[e] = edge_ids[position[e]]
+        store_release(left, c, end_pending)
+        _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state)
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def sample_hop(
+    workers, indices, edge_ids, nodes, low, high, count, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
+    offsets, base, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
+):  # fmt: skip
+    """Sample the rows nodes[low:high]; append new nodes after `count`; return how many there are now."""
+    state[:] = 0
+    state[NODES] = count
+    left[:] = -1
+    if fanout > _BLOOM_FANOUT:
+        tags[:] = -1
+    for worker in prange(workers):
+        _work(
+            worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
+            offsets, base, table, position, neighbour, pending, left, source, target, state,
+            c1, c3, words, seen, tags,
+        )  # fmt: skip
+    _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state)
+    return state[NODES]

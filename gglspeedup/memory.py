@@ -1,0 +1,124 @@
+"""Host memory: sizes as users write them, and reused, 64-byte aligned output buffers."""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+
+ALIGNMENT = 64
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+
+
+def parse_size(size: int | float | str, argument: str) -> int:
+    """Return a number of bytes, from an int, a float or a string such as ``"0.1G"``, ``"512MB"``, ``"64K"``.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        It is not a size, is negative, or is not finite.
+
+    Examples
+    --------
+    >>> parse_size("0.5K", "budget")
+    512
+    """
+    needs, remedy = "a number of bytes or a string with a unit", 'write it like 1024, "0.1G", "512MB" or "64K"'
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT]?)(?:I?B)?\s*", size.upper())
+        if match is None:
+            raise ArgumentValueError(explain(argument, needs, repr(size), remedy))
+        return int(float(match[1]) * _UNITS[match[2]])
+    if isinstance(size, bool) or not isinstance(size, (int, float, np.integer, np.floating)):
+        raise ArgumentTypeError(explain(argument, needs, repr(size), remedy))
+    if not math.isfinite(size) or size < 0:
+        raise ArgumentValueError(explain(argument, needs, repr(size), remedy))
+    return int(size)
+
+
+def aligned_empty(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Return uninitialised bytes that start on a 64-byte boundary, as every DLPack consumer needs."""
+    raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    offset = -raw.ctypes.data % ALIGNMENT
+    return raw[offset : offset + num_bytes]
+
+
+class AliasedArray:
+    """An object whose array interface points into another array; it keeps that array alive."""
+
+    def __init__(self, owner: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.str,
+            # Not read-only: Numba compiles a kernel anew for read-only arrays, and kernels only read these.
+            "data": (owner.ctypes.data, False),
+        }
+
+
+def kernel_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the array itself or, if it is read-only, a view that kernels take without compiling anew."""
+    if array.flags.writeable:
+        return array
+    return np.asarray(AliasedArray(array, array.shape, array.dtype))
+
+
+class _Lease(AliasedArray):
+    """The owner of a handed-out array: when the last view of it dies, the buffer goes back to its pool."""
+
+    def __init__(self, pool: BufferPool, buffer: npt.NDArray[np.uint8], shape: tuple[int, ...], dtype: Any) -> None:
+        super().__init__(buffer, shape, dtype)
+        self.pool = pool
+
+    def __del__(self) -> None:
+        self.pool._give_back(self.owner)
+
+
+class BufferPool:
+    """Output buffers that are used again once the caller has dropped the arrays on them.
+
+    A fresh buffer costs page faults, which are dearer than the sampling or copying that fills it. Arrays and
+    everything made from them without a copy (views, tensors over DLPack) hold the buffer as long as they live.
+
+    Parameters
+    ----------
+    limit : int
+        Bytes kept for reuse; buffers beyond are freed, the largest last.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self._free: list[npt.NDArray[np.uint8]] = []
+        # Re-entrant: the collector may run a lease's __del__ in a thread that is inside the pool.
+        self._lock = threading.RLock()
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
+        dtype = np.dtype(dtype)
+        need = math.prod(shape) * dtype.itemsize
+        # Classes an eighth of a power of two apart: a batch a little larger than the last finds its buffer.
+        step = max(4096, 1 << max(0, need.bit_length() - 4))
+        size = -(-max(need, 1) // step) * step
+        with self._lock:
+            best = -1
+            for i, buffer in enumerate(self._free):
+                if size <= buffer.size <= 2 * size and (best < 0 or buffer.size < self._free[best].size):
+                    best = i
+            found = self._free.pop(best) if best >= 0 else None
+        return np.asarray(_Lease(self, aligned_empty(size) if found is None else found, shape, dtype))
+
+    def _give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._free.append(buffer)
+            while sum(free.size for free in self._free) > self.limit or len(self._free) > 64:
+                self._free.pop(0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BufferPool, (self.limit,)

@@ -1,0 +1,158 @@
+"""Multi-hop sampling on the CPU: the hop loop, its scratch memory, and the buffers it hands out."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.arguments import duplicate, out_of_range
+from gglspeedup.graph import CSRGraph
+from gglspeedup.memory import BufferPool, kernel_view
+from gglspeedup.threads import announce_compilation, launching, numba
+
+Array = npt.NDArray[Any]
+Hop = tuple[Any, Any, tuple[int, int]]
+
+logger = logging.getLogger("gglspeedup")
+
+_STAMP_LIMIT = np.iinfo(np.int32).max
+
+
+class _Workspace:
+    """Scratch memory of one call in flight: the table of local ids, and buffers that only grow.
+
+    ``table[v] - base`` is the local id of v in this batch, and negative if v has none: each batch starts
+    `base` above all that earlier ones wrote, so the table is cleared only when int32 runs out.
+    """
+
+    def __init__(self, num_nodes: int) -> None:
+        self.table = np.zeros(num_nodes, np.int32)
+        self.base = 1
+        self._buffers: dict[str, Array] = {}
+
+    def begin(self, most_nodes: int) -> int:
+        """Return the base of a batch of up to `most_nodes` nodes."""
+        if self.base + most_nodes >= _STAMP_LIMIT:
+            self.table[:] = 0
+            self.base = 1
+        return self.base
+
+    def array(self, name: str, size: int, dtype: npt.DTypeLike) -> Array:
+        """Return a buffer of at least `size` elements; what it held is kept only by :meth:`grown`."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or len(buffer) < size:
+            buffer = self._buffers[name] = np.empty(size + size // 4, dtype)
+        return buffer[:size]
+
+    def grown(self, name: str, used: int, size: int, dtype: npt.DTypeLike) -> Array:
+        """Return the buffer with room for `size` elements, the first `used` of them kept."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            larger = np.empty(size + size // 4, dtype)
+            if buffer is not None:
+                larger[:used] = buffer[:used]
+            buffer = self._buffers[name] = larger
+        return buffer
+
+
+class CpuSampler:
+    """Samples a graph on the CPU; equal to `tests/naive.py` with any number of threads.
+
+    Parameters
+    ----------
+    graph : CSRGraph
+        In memory or memory-mapped; not copied.
+    """
+
+    def __init__(self, graph: CSRGraph) -> None:
+        numba()
+        self._num_nodes = graph.num_nodes
+        self._indptr = kernel_view(graph.indptr)
+        self._indices = kernel_view(graph.indices)
+        self._edge_ids = np.empty(0, np.int64) if graph.edge_ids is None else kernel_view(graph.edge_ids)
+        self._pool = BufferPool()
+        self._workspaces: list[_Workspace] = []
+        self._lock = threading.Lock()
+
+    def sample(
+        self, seeds: npt.NDArray[np.int64], sizes: tuple[int, ...], *, seed: int, batch: int, replace: bool, expand: str
+    ) -> tuple[Array, list[Hop]]:
+        """Return n_id and the hops (edge_index, e_id, size), outermost first.
+
+        Parameters
+        ----------
+        seeds : int64 array [B]
+            Unique node ids; both are checked here, by the kernel that numbers them.
+        sizes : tuple of int
+            Fanouts, nearest the seeds first; -1 for all.
+        seed, batch : int
+            Key and counter of the draws.
+
+        Raises
+        ------
+        ArgumentIndexError, ArgumentValueError
+            A seed is out of range, or stands twice.
+        """
+        with self._lock:
+            workspace = self._workspaces.pop() if self._workspaces else None
+        if workspace is None:
+            workspace = _Workspace(self._num_nodes)
+        # After an error the workspace is dropped: its table may hold local ids of the batch that failed.
+        result = self._sample(workspace, seeds, sizes, seed, batch, replace, expand)
+        with self._lock:
+            self._workspaces.append(workspace)
+        return result
+
+    def _sample(
+        self, space: _Workspace, seeds: Array, sizes: tuple[int, ...], seed: int, batch: int, replace: bool, expand: str
+    ) -> tuple[Array, list[Hop]]:
+        from gglspeedup.kernels import sample_cpu as kernels
+
+        announce_compilation(kernels.sample_hop)
+        base = space.begin(self._num_nodes)
+        nodes = space.grown("nodes", 0, len(seeds), self._indices.dtype)
+        position, kind = kernels.insert_seeds(seeds, self._num_nodes, base, space.table, nodes)
+        if kind:
+            value = int(seeds[position])
+            if kind == 1:
+                raise out_of_range("seeds", position, value, self._num_nodes)
+            raise duplicate("seeds", position, value)
+        key = np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
+        counter = np.uint32(batch & 0xFFFFFFFF), (batch >> 32) << 16
+        count, low = len(seeds), 0
+        hops: list[Hop] = []
+        for hop, fanout in enumerate(sizes):
+            high = count
+            rows = kernels.rows_per_chunk(fanout)
+            chunks = -(-(high - low) // rows)
+            start, degree = (space.array(name, high - low, np.int64) for name in ("start", "degree"))
+            offsets = space.array("offsets", chunks + 1, np.int64)
+            with launching() as threads:
+                edges = kernels.count_hop(self._indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets)
+                nodes = space.grown("nodes", count, min(count + edges, self._num_nodes) + 1, self._indices.dtype)
+                e_id = self._pool.empty((edges,), np.int64)
+                edge_index = self._pool.empty((2, edges), np.int64)
+                workers = max(1, min(threads, chunks))
+                words = -(-max(fanout, 0) // 4) * 4
+                count = kernels.sample_hop(
+                    workers, self._indices, self._edge_ids, nodes, low, high, count, fanout, replace, *key,
+                    counter[0], np.uint32(counter[1] | hop << 8), rows, start, degree, offsets,
+                    np.int32(base), space.table, e_id,
+                    space.array("neighbour", edges, self._indices.dtype), space.array("pending", edges, np.int64),
+                    space.array("left", chunks, np.int64), edge_index[0], edge_index[1],
+                    space.array("state", kernels.STATE_SIZE, np.int64),
+                    *(space.array(name, workers * rows, np.uint32).reshape(workers, rows) for name in ("c1", "c3")),
+                    space.array("words", workers * words * rows, np.uint32).reshape(workers, words, rows),
+                    *(space.array(name, workers * kernels.SEEN_SIZE, np.int64).reshape(workers, -1)
+                      for name in ("seen", "tags")),
+                )  # fmt: skip
+            hops.append((edge_index, e_id, (count, high)))
+            low = high if expand == "frontier" else 0
+        space.base = base + count
+        n_id = self._pool.empty((count,), np.int64)
+        n_id[:] = nodes[:count]
+        return n_id, hops[::-1]

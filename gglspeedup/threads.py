@@ -1,0 +1,133 @@
+"""Threads of the CPU kernels: how many, on which threading layer, and where compiled code is cached."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+
+logger = logging.getLogger("gglspeedup")
+
+_requested: int | None = None
+_layer_lock = threading.Lock()
+_launch_lock: threading.Lock | None = None
+_layer_ready = False
+_announced: set[Any] = set()
+
+
+@functools.lru_cache(maxsize=1)
+def usable_cores() -> int:
+    """Return the number of cores this process may use: its affinity, capped by the cgroup's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="ascii") as file:
+            quota, period = file.read().split()
+        if quota != "max":
+            cores = min(cores, int(quota) // int(period))
+    except (OSError, ValueError):
+        pass  # no cgroup, or an older kind: the affinity stands
+    return max(1, cores)
+
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads the CPU kernels use; no result depends on it.
+
+    Parameters
+    ----------
+    n : int
+        Threads, at least 1. More than the cores this process may use is cut to those.
+
+    Raises
+    ------
+    ArgumentTypeError
+        `n` is not an integer.
+    ArgumentValueError
+        `n` is below 1.
+
+    Examples
+    --------
+    >>> import gglspeedup
+    >>> gglspeedup.set_num_threads(1)
+    """
+    global _requested
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise ArgumentTypeError(explain("n", "an integer", f"{n!r}", "pass the number of threads, for example 2"))
+    n = n.__index__()
+    if n < 1:
+        raise ArgumentValueError(explain("n", "at least 1", n, "pass 1 for a single thread"))
+    _requested = n
+
+
+def get_num_threads() -> int:
+    """Return how many threads a CPU kernel started now would use."""
+    limit = usable_cores()
+    return limit if _requested is None else min(_requested, limit)
+
+
+def _load_tbb() -> bool:
+    """Load pip's libtbb where Numba will find it, and say whether that worked."""
+    names = [os.path.join(sys.prefix, "lib", "libtbb.so.12")]
+    # A virtual environment that sees the system's packages may have tbb below the base prefix only.
+    names += [os.path.join(sys.base_prefix, "lib", "libtbb.so.12"), "libtbb.so.12"]
+    names += glob.glob(os.path.join(sys.prefix, "Library", "bin", "tbb12.dll"))
+    for name in names:
+        try:
+            ctypes.CDLL(name, mode=getattr(os, "RTLD_GLOBAL", 0))
+            return True
+        except OSError:
+            continue
+    return False
+
+
+def numba() -> ModuleType:
+    """Import Numba with its threading layer chosen: tbb, which may be forked and shared by threads."""
+    global _layer_ready, _launch_lock
+    import numba
+
+    if _layer_ready:
+        return numba
+    with _layer_lock:
+        if not _layer_ready:
+            if _load_tbb():
+                numba.config.THREADING_LAYER = "tbb"
+            else:
+                # Without tbb Numba may pick a layer that refuses concurrent callers.
+                logger.info("libtbb not found: CPU kernels run one call at a time (pip install tbb)")
+                _launch_lock = threading.Lock()
+            _layer_ready = True
+    return numba
+
+
+def announce_compilation(kernel: Any) -> None:
+    """Say so in the log if the first call of a kernel is about to compile, which takes seconds."""
+    if kernel in _announced:
+        return
+    _announced.add(kernel)
+    folder = kernel._cache.cache_path
+    cached = glob.glob(os.path.join(glob.escape(folder), f"*.{kernel.__name__}-*.nbi"))
+    if not cached:
+        logger.warning("compiling the CPU kernels for this machine, once, some ten seconds; kept in %s", folder)
+
+
+@contextmanager
+def launching() -> Iterator[int]:
+    """Hold what a parallel kernel launch needs, and give the number of threads it may use."""
+    module = numba()
+    threads = min(get_num_threads(), module.config.NUMBA_NUM_THREADS)
+    if _launch_lock is None:
+        module.set_num_threads(threads)  # of the calling thread alone
+        yield threads
+        return
+    with _launch_lock:
+        module.set_num_threads(threads)
+        yield threads

@@ -1,0 +1,46 @@
+"""Build script: `adapters/` is installed as `gglspeedup.adapters`, `.cu` files travel as package data."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "gglspeedup" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+torch = ["torch>=2.1"]
+setup(
+    name="gglspeedup",
+    version=version,
+    description="Feeds graph neural networks: neighbour sampling and feature caching, on GPU or CPU, for every framework",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["gglspeedup", "gglspeedup.kernels", "gglspeedup.adapters"],
+    package_dir={"gglspeedup.adapters": "adapters"},
+    package_data={"gglspeedup": ["py.typed"], "gglspeedup.kernels": ["*.cu", "*.cuh"]},
+    install_requires=[
+        "numpy>=1.26",
+        "numba>=0.60",
+        'tbb>=2021.6; platform_machine == "x86_64" or platform_machine == "AMD64"',
+    ],
+    extras_require={
+        "cuda": ["cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20"],
+        "torch": torch,
+        "tensorflow": ["tensorflow-cpu>=2.16"],
+        "paddle": ["paddlepaddle>=3.0"],
+        "tensorlayerx": ["tensorlayerx>=0.5.8", "gammagl>=0.4.0"],
+        "jax": ["jax>=0.4.30"],
+        "demo": [*torch, "torch-geometric>=2.5", "tqdm", "matplotlib", "scikit-learn", "scipy"],
+        "test": [
+            *torch, "scipy", "pytest>=8", "hypothesis", "mypy", "ruff", "psutil", "scikit-learn", "matplotlib", "tqdm",
+            "torch-geometric>=2.5", "cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20",
+        ],
+    },
+    classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+)  # fmt: skip
