@@ -1,0 +1,44 @@
+"""What tests share: the real graphs, and the rule for what may be missing where."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import gglspeedup
+
+SHARED_DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def missing(what: str) -> None:
+    """Skip for want of something optional; in CI, where all of it must be there, fail."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{what} is missing, and CI must have it", pytrace=False)
+    pytest.skip(f"{what} is missing")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real graphs."""
+    if not (SHARED_DATA / "cora.npz").exists():
+        missing("the folder of real graphs (../shared/data)")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _default_threads():
+    """Leave no thread setting behind."""
+    yield
+    gglspeedup.set_num_threads(1 << 20)
+
+
+def random_graph(rng: np.random.Generator, num_nodes: int, most: int, hub: int = 0) -> gglspeedup.CSRGraph:
+    """A graph with empty rows, self-loops, parallel edges and, if asked for, a hub at node 0."""
+    degree = rng.integers(0, most + 1, num_nodes)
+    if hub and num_nodes:
+        degree[0] = hub
+    indptr = np.concatenate([[0], np.cumsum(degree)])
+    return gglspeedup.CSRGraph(indptr, rng.integers(0, max(num_nodes, 1), indptr[-1]))
