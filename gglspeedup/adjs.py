@@ -71,7 +71,7 @@ class Adj(NamedTuple):
     def cp2jax(self) -> Adj:
         """Return the adjacency with JAX arrays on the same device, sharing memory.
 
-        JAX has 64-bit integers only with ``jax_enable_x64``; without it this raises ArgumentTypeError.
+        JAX has 64-bit integers only with ``jax_enable_x64``; without it these are 32-bit copies.
         """
         return self._convert("jax")
 
