@@ -39,7 +39,8 @@ setup(
         "demo": [*torch, "torch-geometric>=2.5", "tqdm", "matplotlib", "scikit-learn", "scipy"],
         "test": [
             *torch, "scipy", "pytest>=8", "hypothesis", "mypy", "ruff", "psutil", "scikit-learn", "matplotlib", "tqdm",
-            "torch-geometric>=2.5", "cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20",
+            "torch-geometric>=2.5", "cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20", "tensorflow-cpu>=2.16",
+            "paddlepaddle>=3.0", "jax>=0.4.30", "tensorlayerx>=0.5.8",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

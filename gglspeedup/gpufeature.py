@@ -4,66 +4,20 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_range, host_array, host_ids
-from gglspeedup.device import Device, DeviceLike, parse_device
+from gglspeedup.arguments import host_array
+from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
 from gglspeedup.hot_order import hot_order
-from gglspeedup.memory import BufferPool, parse_size
-from gglspeedup.threads import announce_compilation, launching, numba
+from gglspeedup.memory import parse_size
+from gglspeedup.tiers_cpu import HostTier, Tiers
 
 Array = npt.NDArray[Any]
-
-
-class Tiers(Protocol):
-    """Rows stored somewhere, gathered by id."""
-
-    def gather(self, ids: Any) -> Any:
-        """Return the rows, int64 [n] -> [n, ...], on the device that this serves."""
-
-    def rows_served(self) -> dict[str, int]:
-        """Return the number of rows that each tier has served, fastest tier first."""
-
-
-class HostTier:
-    """All rows in one place that the CPU reads: memory, or a file that is memory-mapped.
-
-    Parameters
-    ----------
-    rows : C-contiguous array [N] or [N, F]
-        Not copied.
-    """
-
-    def __init__(self, rows: Array) -> None:
-        numba()
-        self._rows = rows
-        self._row_bytes = rows[:1].nbytes if len(rows) else 0
-        self._name = "disk" if isinstance(rows, np.memmap) else "host"
-        self._pool = BufferPool()
-        self._served = 0
-        self._lock = threading.Lock()
-
-    def gather(self, ids: npt.NDArray[np.int64]) -> Array:
-        """Return the rows, in a 64-byte aligned buffer that is used again once all that shares it is gone."""
-        from gglspeedup.kernels.gather_cpu import gather_rows
-
-        announce_compilation(gather_rows)
-        out = self._pool.empty((len(ids), *self._rows.shape[1:]), self._rows.dtype)
-        with launching():
-            gather_rows(self._rows.ctypes.data, ids, out.ctypes.data, self._row_bytes)
-        with self._lock:
-            self._served += len(ids)
-        return out
-
-    def rows_served(self) -> dict[str, int]:
-        """Return the number of rows served."""
-        return {self._name: self._served}
 
 
 class CGPUFeature:
@@ -147,9 +101,9 @@ class CGPUFeature:
     def _make_tiers(self, rows: Array) -> Tiers:
         if self._order is None:
             return HostTier(rows)
-        from gglspeedup.placement import place_rows
+        from gglspeedup.placement import place_rows, runtime_of
 
-        return place_rows(rows, self._order, self.device, self.budget)
+        return place_rows(rows, self._order, runtime_of(self.device), self.budget, free_bytes(self.device))
 
     def __getitem__(self, n_id: Any) -> Any:
         """Return the rows of some nodes.
@@ -172,12 +126,7 @@ class CGPUFeature:
         ArgumentTypeError, ArgumentValueError
             They are not integers or not one-dimensional, or no features are loaded.
         """
-        tiers, rows = self._loaded()
-        if self.device.is_cuda:
-            return tiers.gather(n_id)
-        ids = host_ids(n_id, "n_id")
-        check_range(ids, len(rows), "n_id")
-        return tiers.gather(ids)
+        return self._loaded()[0].gather(n_id)
 
     def _loaded(self) -> tuple[Tiers, Array]:
         if self._tiers is None or self._rows is None:

@@ -7,8 +7,8 @@ import threading
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_sizes, host_ids
-from gglspeedup.device import Device, DeviceLike, parse_device
+from gglspeedup.arguments import check_sizes, host_ids, on_cuda
+from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
 from gglspeedup.sampler_cpu import CpuSampler, Hop
@@ -95,9 +95,9 @@ class GPUSampler:
     def _make(self) -> _Sampler:
         if not self.device.is_cuda:
             return CpuSampler(self.graph)
-        from gglspeedup.placement import place_graph
+        from gglspeedup.placement import place_graph, runtime_of
 
-        return place_graph(self.graph, self.device, self.placement)
+        return place_graph(self.graph, runtime_of(self.device), self.placement, free_bytes(self.device))
 
     @property
     def sizes(self) -> tuple[int, ...] | None:
@@ -161,9 +161,10 @@ class GPUSampler:
     def _seeds(self, seeds: Any) -> Any:
         if not self.device.is_cuda:
             return host_ids(seeds, "seeds")
-        from gglspeedup.placement import device_ids
+        from gglspeedup.placement import device_ids, runtime_of
 
-        return device_ids(seeds, "seeds", self.device)
+        # Those of the host stay there: they travel with the rest of the batch, in one copy.
+        return device_ids(seeds, "seeds", runtime_of(self.device)) if on_cuda(seeds) else host_ids(seeds, "seeds")
 
     def _take_batch(self) -> int:
         with self._lock:

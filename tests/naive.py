@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def sample(
 
 def gather(x: np.ndarray, n_id: Sequence[int]) -> np.ndarray:
     """Rows n_id of x."""
-    return np.array([x[int(v)] for v in n_id], dtype=x.dtype).reshape((len(n_id),) + x.shape[1:])
+    return np.array([x[int(v)] for v in n_id], dtype=x.dtype).reshape((len(n_id), *x.shape[1:]))
 
 
 def hot_order(indptr: np.ndarray) -> list[int]:

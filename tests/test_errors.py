@@ -95,8 +95,8 @@ def test_devices():
 
 @pytest.mark.parametrize(
     ("size", "expected"),
-    [(5, 5), (1.5e3, 1500), ("0.1G", 107374182), (".1G", 107374182), ("512MB", 512 << 20), ("64K", 65536), ("1 GiB", 1 << 30),
-     ("7", 7), ("0", 0), (np.int64(9), 9), ("2t", 2 << 40)],
+    [(5, 5), (1.5e3, 1500), ("0.1G", 107374182), (".1G", 107374182), ("512MB", 512 << 20), ("64K", 65536),
+     ("1 GiB", 1 << 30), ("7", 7), ("0", 0), (np.int64(9), 9), ("2t", 2 << 40)],
 )  # fmt: skip
 def test_sizes_in_bytes(size, expected):
     assert parse_size(size, "budget") == expected

@@ -64,7 +64,8 @@ def test_scipy(kind):
 
 def test_scipy_keeps_duplicates_and_trailing_nodes():
     data, row, column = np.ones(4), [0, 0, 0, 1], [2, 2, 1, 0]
-    assert rows(CSRGraph.from_scipy(scipy.sparse.coo_matrix((data, (row, column)), shape=(4, 4)))) == [[2, 2, 1], [0], [], []]
+    coo = scipy.sparse.coo_matrix((data, (row, column)), shape=(4, 4))
+    assert rows(CSRGraph.from_scipy(coo)) == [[2, 2, 1], [0], [], []]
     # Without shape= scipy knows of two rows and three columns.
     loose = scipy.sparse.csr_matrix((data, np.array([2, 2, 1, 0]), np.array([0, 3, 4])))
     assert loose.shape == (2, 3) and rows(CSRGraph.from_scipy(loose)) == [[2, 2, 1], [0], []]

@@ -36,7 +36,8 @@ def test_kinds_and_alignment():
     for shape in ((0,), (2, 0), (3, 5), (1 << 20,)):
         for dtype in (np.bool_, np.float16, np.int64, np.complex128):
             array = pool.empty(shape, dtype)
-            assert array.shape == shape and array.dtype == dtype and array.ctypes.data % 64 == 0 and array.flags.writeable
+            assert array.shape == shape and array.dtype == dtype
+            assert array.ctypes.data % 64 == 0 and array.flags.writeable
     assert pickle.loads(pickle.dumps(pool)).limit == pool.limit
 
 
