@@ -41,20 +41,21 @@ def device_ids(value: Any, argument: str, runtime: Runtime) -> Any:
     ArgumentTypeError, ArgumentValueError
         They are not integers, not one-dimensional, or on another GPU.
     """
-    xp: Any = runtime.xp
     if runtime.is_device(value):
         array = value
     elif on_cuda(value):
-        array = xp.from_dlpack(value)
+        array = runtime.xp.from_dlpack(value)  # type: ignore[attr-defined]
     else:
         with runtime.activate():
-            return xp.asarray(host_ids(value, argument))
+            return runtime.to_device(host_ids(value, argument))
     if on_cuda(array) and array.device.id != runtime.index:
         remedy = "move them, or pass them from the host"
         raise ArgumentValueError(explain(argument, f"ids on cuda:{runtime.index}", f"cuda:{array.device.id}", remedy))
     check_ids(array, argument)
+    if array.dtype == np.int64 and array.flags.c_contiguous:
+        return array
     with runtime.activate():
-        return xp.ascontiguousarray(array, np.int64)
+        return runtime.xp.ascontiguousarray(array, np.int64)  # type: ignore[attr-defined]
 
 
 def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) -> CudaSampler:
@@ -86,13 +87,13 @@ def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) ->
         arrays = None
         if placement == "device":
             try:
-                arrays = [runtime.xp.asarray(part) for part in parts]
+                arrays = [runtime.to_device(part) for part in parts]
             except MemoryError as error:  # CuPy's OutOfMemoryError is one
                 logger.warning("the graph does not fit into GPU memory (%s); sampling it in pinned host memory", error)
         if arrays is None:
             arrays = [_in_host_memory(runtime, part) for part in parts[1:]]
             near = parts[0].nbytes <= _POINTER_SHARE * free
-            arrays.insert(0, runtime.xp.asarray(parts[0]) if near else _in_host_memory(runtime, parts[0]))
+            arrays.insert(0, runtime.to_device(parts[0]) if near else _in_host_memory(runtime, parts[0]))
     lengths = graph.degree()
     return CudaSampler(
         runtime, arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None, graph.num_nodes, table,

@@ -52,8 +52,8 @@ class CudaTiers:
             if count < len(rows):
                 slot = np.full(len(rows), -1, np.int32)
                 slot[order[:count]] = np.arange(count, dtype=np.int32)
-                self._slot = runtime.xp.asarray(slot)
-                self._open_cold()
+                self._slot = runtime.to_device(slot)
+                self._open_cold(slot)
 
     def _load_hot(self, order: npt.NDArray[np.int64], count: int) -> tuple[Any, int]:
         """Return the hot rows on the device and how many they are: `count`, or fewer if memory ends before."""
@@ -76,7 +76,7 @@ class CudaTiers:
             self._runtime.read(self._counters)  # the staging memory goes with the copy done
         return hot, count
 
-    def _open_cold(self) -> None:
+    def _open_cold(self, slot: npt.NDArray[np.int32]) -> None:
         if not isinstance(self._rows, np.memmap):
             try:
                 self._pinned = self._runtime.pinned_view(self._rows)
@@ -84,6 +84,7 @@ class CudaTiers:
             except PinningError as error:
                 logger.warning("%s; until then cold rows are gathered by the CPU and copied", error)
         self._staged = HostTier(self._rows)
+        self._host_slot = slot
 
     def gather(self, n_id: Any) -> Any:
         """Check the ids and return their rows on the device, on the current stream; the host waits for the check."""
@@ -107,7 +108,7 @@ class CudaTiers:
         return out
 
     def _check(self, ids: Any) -> None:
-        bad = self._runtime.xp.full(1, _NONE, np.uint64)
+        bad = self._runtime.to_device(np.full(1, _NONE))
         gather_gpu.check_ids(self._runtime, ids, len(self._rows), bad)
         first = int(self._runtime.read(bad)[0])
         if first != int(_NONE):
@@ -115,28 +116,27 @@ class CudaTiers:
             raise out_of_range("n_id", first, value, len(self._rows))
 
     def _gather(self, hot: Any, slot: Any, cold: Any, ids: Any, out: Any) -> None:
-        bad = self._runtime.xp.full(1, _NONE, np.uint64)  # stays so: the ids have been checked
+        bad = self._runtime.to_device(np.full(1, _NONE))  # stays so: the ids have been checked
         rows = len(hot) if slot is None and hot is not None else len(self._rows)
         gather_gpu.gather_rows(self._runtime, hot, slot, cold, rows, ids, out, self._row_bytes, self._counters, bad)
 
     def _gather_staged(self, tier: HostTier, ids: Any, out: Any) -> None:
         """Gather hot rows on the device; let the CPU gather the others, copy them over and scatter them."""
-        xp = self._runtime.xp
-        place = self._slot[ids]
-        missed = xp.flatnonzero(place < 0)
-        hits = xp.flatnonzero(place >= 0)
+        runtime = self._runtime
+        wanted = np.array(runtime.read(ids))
+        place = self._host_slot[wanted].astype(np.int64)
+        hits, missed = np.flatnonzero(place >= 0), np.flatnonzero(place < 0)
         if len(hits):
-            rows = self._runtime.empty((len(hits), *out.shape[1:]), out.dtype)
-            self._gather(self._hot, None, None, place[hits].astype(np.int64), rows)
-            gather_gpu.scatter_rows(self._runtime, rows, hits, out, self._row_bytes)
+            rows = runtime.empty((len(hits), *out.shape[1:]), out.dtype)
+            self._gather(self._hot, None, None, runtime.to_device(place[hits]), rows)
+            gather_gpu.scatter_rows(runtime, rows, runtime.to_device(hits), out, self._row_bytes)
         if len(missed):
-            wanted = np.array(self._runtime.read(ids[missed]))
-            staging = self._runtime.pinned((len(wanted), *out.shape[1:]), out.dtype)
-            tier.gather_into(wanted, staging)
-            rows = self._runtime.empty(staging.shape, staging.dtype)
-            self._runtime.upload(staging, rows)
-            gather_gpu.scatter_rows(self._runtime, rows, missed, out, self._row_bytes)
-            self._runtime.read(self._counters)  # the staging memory goes with the copy done
+            staging = runtime.pinned((len(missed), *out.shape[1:]), out.dtype)
+            tier.gather_into(wanted[missed], staging)
+            rows = runtime.empty(staging.shape, staging.dtype)
+            runtime.upload(staging, rows)
+            gather_gpu.scatter_rows(runtime, rows, runtime.to_device(missed), out, self._row_bytes)
+            runtime.read(self._counters)  # the staging memory goes with the copy done
 
     def rows_served(self) -> dict[str, int]:
         """Return the number of rows that each tier has served; the host waits for the device."""

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in one command of at most 8 minutes: the test suite on the device, then the figures.
+# Leaves benchmarks/results/<gpu>-<date>.{md,json}; needs python3 with cupy, numba, scipy and pytest, and no network.
+#   bash benchmarks/gpu.sh [PYTHON]
+set -u
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+gpu=$("$python" - <<'PY'
+import re, cupy
+print(re.sub(r"[^a-z0-9]+", "-", cupy.cuda.runtime.getDeviceProperties(0)["name"].decode().lower()).strip("-"))
+PY
+) || { echo "no usable GPU: $("$python" -m gglspeedup info 2>&1 | head -5)"; exit 1; }
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+# Installed beside, not into the interpreter: adapters/ has to become gglspeedup.adapters.
+"$python" -m pip install -q --no-deps --no-build-isolation --no-index --target "$site" . || exit 1
+export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
+mkdir -p benchmarks/results
+stem="benchmarks/results/$gpu-$(date +%Y-%m-%d)"
+status=0
+{
+    echo "# $gpu, $(date +%Y-%m-%d)"
+    echo
+    echo 'Made by `bash benchmarks/gpu.sh`.'
+    echo
+    echo '```'
+    "$python" -m gglspeedup info
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv 2>&1
+    echo '```'
+    echo
+    echo "## Tests on the device"
+    echo
+    echo '```'
+    timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_errors.py 2>&1 | tail -25
+    [ "${PIPESTATUS[0]}" = 0 ] || status=1
+    echo '```'
+    echo
+    echo "## Sampling"
+    echo
+    timeout 120 "$python" -m benchmarks.sampling --device cuda:0 --peers --graphs products --rounds 5 --batches 50 \
+        --json "$stem-sampling.json" 2>&1 || status=1
+    echo "## Gathering"
+    echo
+    timeout 90 "$python" -m benchmarks.gather --device cuda:0 --rounds 5 --rows 8000000 --ids 1000000 \
+        --json "$stem-gather.json" 2>&1 || status=1
+    echo
+    echo "## End to end"
+    echo
+    echo '```'
+    timeout 60 "$python" demo/sage_torch.py --dataset digits --device cuda:0 --out "$site/out" 2>&1 | tail -12
+    [ "${PIPESTATUS[0]}" = 0 ] || status=1
+    echo '```'
+} | tee "$stem.md"
+"$python" - "$stem" <<'PY'
+import json, pathlib, sys
+stem = sys.argv[1]
+parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather")]
+merged = {}
+for part in parts:
+    if part.exists():
+        merged.update(json.loads(part.read_text()))
+        part.unlink()
+pathlib.Path(f"{stem}.json").write_text(json.dumps(merged, indent=1) + "\n")
+PY
+exit $status

@@ -1,0 +1,182 @@
+"""On a GPU: the same bits as on the CPU, whatever the placement, the stream and the thread."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+
+import numpy as np
+import pytest
+from conftest import random_graph
+
+from gglspeedup import CGPUFeature, CSRGraph, GGLSpeedupError, GPUSampler
+from gglspeedup.device import cuda_problem
+
+pytestmark = pytest.mark.skipif(bool(cuda_problem(0)), reason=f"no usable GPU: {cuda_problem(0)}")
+
+
+def bits(batch) -> list[bytes]:
+    arrays = [batch.n_id, *(part for adj in batch.adjs for part in (adj.edge_index, adj.e_id))]
+    return [np.asarray(part.get() if hasattr(part, "get") else part).tobytes() for part in arrays]
+
+
+@pytest.fixture(scope="module")
+def graph() -> CSRGraph:
+    graph = random_graph(np.random.default_rng(0), 50_000, 60, hub=300_000)
+    return CSRGraph(graph.indptr, graph.indices, edge_ids=np.random.default_rng(1).permutation(graph.num_edges))
+
+
+@pytest.mark.parametrize("placement", ["device", "uva", "auto"])
+@pytest.mark.parametrize("expand", ["layer", "frontier"])
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("sizes", [[25, 10], [15, 10, 5], [1], [33, 7], [1024], [-1, 3], [3, -1], [-1, -1]])
+def test_equals_cpu(graph, placement, expand, replace, sizes):
+    options = {"sizes": sizes, "seed": 2**63 + 17, "replace": replace, "expand": expand}
+    cpu = GPUSampler("cpu", graph, **options)
+    gpu = GPUSampler(0, graph, placement=placement, **options)
+    order = np.random.default_rng(2).permutation(graph.num_nodes)
+    few = 40 if -1 in sizes else 1000
+    for number, count in enumerate([few, few, few, few // 3, 0, 1, few]):
+        seeds = order[number * few :][:count]
+        assert bits(gpu.sample(seeds)) == bits(cpu.sample(seeds))
+
+
+def test_wide_indices_and_no_edge_ids(graph):
+    plain = CSRGraph(graph.indptr, graph.indices)
+    wide = CSRGraph(graph.indptr, graph.indices)
+    wide.indices = wide.indices.astype(np.int64)
+    expected = bits(GPUSampler("cpu", plain, [9, 9]).sample(np.arange(500), batch=1))
+    for one in (plain, wide):
+        assert bits(GPUSampler(0, one, [9, 9]).sample(np.arange(500), batch=1)) == expected
+
+
+def test_hash_table(graph):
+    from gglspeedup.device import Device
+    from gglspeedup.placement import place_graph, runtime_of
+
+    sampler = place_graph(graph, runtime_of(Device(0)), "device", free=16 * graph.num_nodes)
+    assert sampler._hashed
+    cpu = GPUSampler("cpu", graph, [15, 10, 5], seed=3)
+    for number in range(4):
+        seeds = np.arange(700 * number, 700 * number + 700)
+        n_id, hops = sampler.sample(seeds, (15, 10, 5), seed=3, batch=number, replace=False, expand="layer")
+        expected = cpu.sample(seeds, batch=number)
+        np.testing.assert_array_equal(n_id.get(), expected.n_id)
+        for (edge_index, e_id, size), adj in zip(hops, expected.adjs, strict=True):
+            np.testing.assert_array_equal(edge_index.get(), adj.edge_index)
+            np.testing.assert_array_equal(e_id.get(), adj.e_id)
+            assert size == adj.size
+
+
+@pytest.mark.parametrize("where", ["cupy", "torch", "cupy-int32", "list"])
+def test_seeds_and_ids_on_the_device(graph, where):
+    import cupy
+
+    ids = np.random.default_rng(3).permutation(graph.num_nodes)[:300]
+    if where == "torch":
+        import torch
+
+        given = torch.from_numpy(ids).cuda()
+    else:
+        given = {"cupy": cupy.asarray(ids), "cupy-int32": cupy.asarray(ids, np.int32), "list": ids.tolist()}[where]
+    assert bits(GPUSampler(0, graph, [5]).sample(given)) == bits(GPUSampler("cpu", graph, [5]).sample(ids))
+    x = np.random.default_rng(4).random((graph.num_nodes, 5))
+    feature = CGPUFeature(graph, 0, "64K")
+    feature.from_cpu_tensor(x)
+    np.testing.assert_array_equal(feature[given].get(), x[ids])
+
+
+def test_streams_and_threads(graph):
+    import cupy
+
+    cpu, gpu = GPUSampler("cpu", graph, [10, 10]), GPUSampler(0, graph, [10, 10])
+    seeds = np.arange(400)
+    expected = [bits(cpu.sample(seeds, batch=b)) for b in range(24)]
+    got: list = [None] * 24
+
+    def work(first: int) -> None:
+        with cupy.cuda.Device(0), cupy.cuda.Stream(non_blocking=True):
+            for b in range(first, 24, 4):
+                got[b] = bits(gpu.sample(seeds, batch=b))
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert got == expected
+
+
+def test_bad_seeds_and_ids(graph):
+    import cupy
+
+    gpu = GPUSampler(0, graph, [5])
+    expected = bits(GPUSampler("cpu", graph, [5]).sample([1, 2, 3]))
+    for array in (np.array, cupy.array):
+        with pytest.raises(GGLSpeedupError, match="got -4 at position 1"):
+            gpu.sample(array([0, -4, graph.num_nodes]))
+        with pytest.raises(GGLSpeedupError, match="7 again at position 2"):
+            gpu.sample(array([7, 1, 7]))
+        feature = CGPUFeature(graph, 0, "1M")
+        feature.from_cpu_tensor(np.zeros(graph.num_nodes))
+        with pytest.raises(IndexError, match=f"got {graph.num_nodes} at position 1"):
+            feature[array([0, graph.num_nodes, -1])]
+    assert bits(gpu.sample([1, 2, 3])) == expected
+
+
+@pytest.mark.parametrize("budget", [0, "100K", "10G"])
+@pytest.mark.parametrize("dtype", ["bool", "float16", "float32", "int64", "complex128"])
+@pytest.mark.parametrize("width", [None, 1, 3, 64, 1025])
+def test_features(graph, tmp_path, budget, dtype, width):
+    rng = np.random.default_rng(5)
+    nodes = 3000
+    small = random_graph(rng, nodes, 9)
+    shape = (nodes,) if width is None else (nodes, width)
+    x = rng.integers(0, 99, shape).astype(dtype)
+    x.tofile(tmp_path / "x")
+    ids = rng.integers(0, nodes, 2000)
+    for rows in (x, np.memmap(tmp_path / "x", dtype, "r", shape=shape)):
+        feature = CGPUFeature(small, 0, budget)
+        feature.from_cpu_tensor(rows)
+        got = feature[ids]
+        assert got.dtype == x.dtype and got.data.ptr % 64 == 0
+        np.testing.assert_array_equal(got.get(), x[ids])
+        served = [tier["rows"] for tier in feature.stats().values()]
+        assert sum(served) == len(ids) and feature.hit_rate == served[0] / len(ids)
+        assert feature.hit_rate == {0: 0.0, "10G": 1.0}.get(budget, feature.hit_rate)
+
+
+def test_budget_beyond_the_memory_is_served_by_less(graph, caplog):
+    feature = CGPUFeature(graph, 0, "100T")
+    feature.from_cpu_tensor(np.arange(graph.num_nodes))
+    assert feature.hit_rate == 0.0 and feature[[5]].tolist() == [5]
+
+
+def test_pickles(graph):
+    sampler = GPUSampler(0, graph, [5])
+    twin = pickle.loads(pickle.dumps(sampler))
+    assert bits(sampler.sample(np.arange(9))) == bits(twin.sample(np.arange(9)))
+
+
+def test_torch_shares_the_memory(graph):
+    torch = pytest.importorskip("torch", reason="torch is not installed on this GPU machine")
+    batch = GPUSampler(0, graph, [5, 5]).sample(np.arange(50))
+    adj = batch.adjs[0].cp2torch()
+    assert adj.edge_index.is_cuda and adj.edge_index.dtype == torch.int64
+    assert adj.edge_index.data_ptr() == batch.adjs[0].edge_index.data.ptr
+    np.testing.assert_array_equal(adj.e_id.cpu().numpy(), batch.adjs[0].e_id.get())
+
+
+def test_memory_does_not_grow(graph):
+    import cupy
+
+    sampler = GPUSampler(0, graph, [10, 5])
+    pool = cupy.get_default_memory_pool()
+
+    def run(batches: int) -> int:
+        for b in range(batches):
+            sampler.sample(np.arange(b, b + 500))
+        return pool.total_bytes()
+
+    before = run(300)
+    assert run(3000) - before < 64 << 20
