@@ -84,6 +84,33 @@ def host_ids(value: Any, argument: str) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(array, np.int64)
 
 
+def device_ids(value: Any, argument: str, runtime: Any) -> Any:
+    """Return node ids as a contiguous int64 array on the device; their range is not looked at.
+
+    `runtime` is that of the device (`kernels.cuda.Runtime`).
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        They are not integers, not one-dimensional, or on another GPU.
+    """
+    if runtime.is_device(value):
+        array = value
+    elif on_cuda(value):
+        array = runtime.xp.from_dlpack(value)
+    else:
+        with runtime.activate():
+            return runtime.to_device(host_ids(value, argument))
+    if on_cuda(array) and array.device.id != runtime.index:
+        remedy = "move them, or pass them from the host"
+        raise ArgumentValueError(explain(argument, f"ids on cuda:{runtime.index}", f"cuda:{array.device.id}", remedy))
+    check_ids(array, argument)
+    if array.dtype == np.int64 and array.flags.c_contiguous:
+        return array
+    with runtime.activate():
+        return runtime.xp.ascontiguousarray(array, np.int64)
+
+
 def out_of_range(argument: str, position: int, value: int, bound: int | None) -> ArgumentIndexError:
     """Return the error for the id at a position that lies outside [0, bound)."""
     needs = "ids that fit int64" if bound is None else f"ids from 0 to {bound - 1}"

@@ -7,7 +7,7 @@ import threading
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_sizes, host_ids, on_cuda
+from gglspeedup.arguments import check_sizes, device_ids, host_ids, on_cuda
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
@@ -161,7 +161,7 @@ class GPUSampler:
     def _seeds(self, seeds: Any) -> Any:
         if not self.device.is_cuda:
             return host_ids(seeds, "seeds")
-        from gglspeedup.placement import device_ids, runtime_of
+        from gglspeedup.placement import runtime_of
 
         # Those of the host stay there: they travel with the rest of the batch, in one copy.
         return device_ids(seeds, "seeds", runtime_of(self.device)) if on_cuda(seeds) else host_ids(seeds, "seeds")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_range, duplicate, host_array, host_ids
+from gglspeedup.arguments import check_range, duplicate, host_ids
+from gglspeedup.device import Device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
+from gglspeedup.threads import numba
 
 Order = npt.NDArray[np.int64]
 
@@ -40,11 +43,33 @@ def by_presampling(graph: CSRGraph, sampler: Any, seeds: Any, batch_size: int) -
     check_range(ids, graph.num_nodes, "seeds")
     if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
         raise ArgumentValueError(explain("batch_size", "an integer of at least 1", repr(batch_size), "pass 1024"))
-    visits = np.zeros(graph.num_nodes, np.int32)
-    for number, begin in enumerate(range(0, len(ids), batch_size)):
-        n_id = host_array(sampler.sample(ids[begin : begin + batch_size], batch=number).n_id, "n_id")
-        visits[n_id] += 1  # the ids of a batch are unique
-    return np.argsort(-visits, kind="stable")
+    batches = (
+        sampler.sample(ids[begin : begin + batch_size], batch=number).n_id
+        for number, begin in enumerate(range(0, len(ids), batch_size))
+    )
+    visits = _visits_on_gpu if sampler.device.is_cuda else _visits_on_cpu
+    return np.argsort(-visits(batches, graph.num_nodes, sampler.device), kind="stable")
+
+
+def _visits_on_cpu(batches: Iterable[Any], num_nodes: int, _device: Device) -> npt.NDArray[np.int32]:
+    numba()
+    from gglspeedup.kernels.visits_cpu import count_visits
+
+    visits = np.zeros(num_nodes, np.int32)
+    for n_id in batches:
+        count_visits(n_id, visits)
+    return visits
+
+
+def _visits_on_gpu(batches: Iterable[Any], num_nodes: int, device: Device) -> npt.NDArray[np.int32]:
+    from gglspeedup.kernels.visits_gpu import count_visits
+
+    xp: Any = device.xp
+    with xp.cuda.Device(device.index):
+        visits = xp.zeros(num_nodes, np.int32)
+        for n_id in batches:
+            count_visits(n_id, visits, xp.cuda.get_current_stream().ptr)
+        return xp.asnumpy(visits)
 
 
 def hot_order(graph: CSRGraph, policy: Any, sampler: Any, seeds: Any, batch_size: int) -> Order:

@@ -1,4 +1,4 @@
-"""Where things live on a GPU: the graph by free memory, ids of any framework, the two tiers of features."""
+"""Where things live on a GPU: the graph, by free memory, and the tiers of features."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_ids, host_ids, on_cuda
 from gglspeedup.device import Device
-from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
 from gglspeedup.kernels.cuda import CudaRuntime, PinnedView, PinningError, Runtime
 from gglspeedup.sampler_gpu import CudaSampler
@@ -31,31 +29,6 @@ _SPARE = 0.95  # of the free memory that features may take
 def runtime_of(device: Device) -> CudaRuntime:
     """Return the runtime of a CUDA device; there is one, as it holds the compiled kernels."""
     return CudaRuntime(device.index or 0)
-
-
-def device_ids(value: Any, argument: str, runtime: Runtime) -> Any:
-    """Return node ids as a contiguous int64 array on the device; their range is not looked at.
-
-    Raises
-    ------
-    ArgumentTypeError, ArgumentValueError
-        They are not integers, not one-dimensional, or on another GPU.
-    """
-    if runtime.is_device(value):
-        array = value
-    elif on_cuda(value):
-        array = runtime.xp.from_dlpack(value)  # type: ignore[attr-defined]
-    else:
-        with runtime.activate():
-            return runtime.to_device(host_ids(value, argument))
-    if on_cuda(array) and array.device.id != runtime.index:
-        remedy = "move them, or pass them from the host"
-        raise ArgumentValueError(explain(argument, f"ids on cuda:{runtime.index}", f"cuda:{array.device.id}", remedy))
-    check_ids(array, argument)
-    if array.dtype == np.int64 and array.flags.c_contiguous:
-        return array
-    with runtime.activate():
-        return runtime.xp.ascontiguousarray(array, np.int64)  # type: ignore[attr-defined]
 
 
 def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) -> CudaSampler:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import out_of_range
+from gglspeedup.arguments import device_ids, out_of_range
 from gglspeedup.kernels import gather_gpu
 from gglspeedup.kernels.cuda import PinnedView, PinningError, Runtime
 from gglspeedup.tiers_cpu import HostTier
@@ -88,8 +88,6 @@ class CudaTiers:
 
     def gather(self, n_id: Any) -> Any:
         """Check the ids and return their rows on the device, on the current stream; the host waits for the check."""
-        from gglspeedup.placement import device_ids
-
         runtime = self._runtime
         ids = device_ids(n_id, "n_id", runtime)
         with runtime.activate():

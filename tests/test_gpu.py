@@ -11,6 +11,7 @@ from conftest import random_graph
 
 from gglspeedup import CGPUFeature, CSRGraph, GGLSpeedupError, GPUSampler
 from gglspeedup.device import cuda_problem
+from gglspeedup.hot_order import hot_order
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem(0)), reason=f"no usable GPU: {cuda_problem(0)}")
 
@@ -150,6 +151,15 @@ def test_budget_beyond_the_memory_is_served_by_less(graph, caplog):
     feature = CGPUFeature(graph, 0, "100T")
     feature.from_cpu_tensor(np.arange(graph.num_nodes))
     assert feature.hit_rate == 0.0 and feature[[5]].tolist() == [5]
+
+
+def test_presampling(graph):
+    seeds = np.random.default_rng(6).permutation(graph.num_nodes)[:4000]
+    orders = []
+    for device in ("cpu", 0):
+        sampler = GPUSampler(device, graph, [5, 5])
+        orders.append(hot_order(graph, "presample", sampler, seeds, 512))
+    np.testing.assert_array_equal(orders[0], orders[1])
 
 
 def test_pickles(graph):

@@ -11,7 +11,8 @@ from conftest import random_graph
 from host_cuda import HostRuntime
 
 from gglspeedup import CSRGraph, GGLSpeedupError
-from gglspeedup.placement import device_ids, place_graph, place_rows
+from gglspeedup.arguments import device_ids
+from gglspeedup.placement import place_graph, place_rows
 
 NODES = 150
 PLENTY = 1 << 40
