@@ -15,7 +15,7 @@ torch = ["torch>=2.1"]
 setup(
     name="gglspeedup",
     version=version,
-    description="Feeds graph neural networks: neighbour sampling and feature caching, on GPU or CPU, for every framework",
+    description="Feeds graph neural networks: neighbour sampling and feature caching, on GPU or CPU",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",

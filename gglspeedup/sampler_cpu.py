@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import duplicate, out_of_range
+from gglspeedup.arguments import check_range, duplicate
+from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
 from gglspeedup.memory import BufferPool, kernel_view
 from gglspeedup.threads import announce_compilation, launching, numba
@@ -19,27 +20,44 @@ Hop = tuple[Any, Any, tuple[int, int]]
 
 logger = logging.getLogger("gglspeedup")
 
-_STAMP_LIMIT = np.iinfo(np.int32).max
+_MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
+_DENSE_NODES = 1 << 28
 
 
 class _Workspace:
     """Scratch memory of one call in flight: the table of local ids, and buffers that only grow.
 
-    ``table[v] - base`` is the local id of v in this batch, and negative if v has none: each batch starts
-    `base` above all that earlier ones wrote, so the table is cleared only when int32 runs out.
+    An entry minus `base` is the local id of a node in this batch; entries below `base` are no entries. Each batch
+    starts `base` above all that earlier ones wrote, so the table is cleared only when int32 runs out. With `hashed`
+    the table is open-addressed, with a key a cell, and grows with the batches.
     """
 
-    def __init__(self, num_nodes: int) -> None:
-        self.table = np.zeros(num_nodes, np.int32)
+    def __init__(self, num_nodes: int, hashed: bool) -> None:
+        self.hashed = hashed
+        self.keys = np.empty(0, np.int64)
+        self.table = np.zeros(0 if hashed else num_nodes, np.int32)
         self.base = 1
         self._buffers: dict[str, Array] = {}
 
-    def begin(self, most_nodes: int) -> int:
-        """Return the base of a batch of up to `most_nodes` nodes."""
-        if self.base + most_nodes >= _STAMP_LIMIT:
+    def begin(self) -> int:
+        """Return the base of a new batch."""
+        if self.base > _MOST_NODES:
             self.table[:] = 0
             self.base = 1
         return self.base
+
+    def reserve(self, most: int, count: int, nodes: Array) -> None:
+        """Make room in the table for `most` nodes; those that it holds, nodes[:count], stay."""
+        if not self.hashed or 2 * most <= len(self.keys):
+            return
+        if most > _MOST_NODES:
+            needs, remedy = f"batches of at most {_MOST_NODES} nodes", "take fewer seeds or smaller fanouts"
+            raise ArgumentValueError(explain("sizes", needs, f"up to {most}", remedy))
+        from gglspeedup.kernels.sample_cpu import insert_nodes
+
+        size = 1 << max(10, (4 * most - 1).bit_length())
+        self.keys, self.table = np.empty(size, np.int64), np.zeros(size, np.int32)
+        insert_nodes(0, count, self.base, self.keys, self.table, nodes)
 
     def array(self, name: str, size: int, dtype: npt.DTypeLike) -> Array:
         """Return a buffer of at least `size` elements; what it held is kept only by :meth:`grown`."""
@@ -66,10 +84,14 @@ class CpuSampler:
     ----------
     graph : CSRGraph
         In memory or memory-mapped; not copied.
+    table : str
+        What local ids are looked up in: ``"dense"``, 4 bytes a node; ``"hash"``, 12 bytes for 2 to 4 times the nodes
+        of a batch; ``"auto"``, dense up to 2**28 nodes.
     """
 
-    def __init__(self, graph: CSRGraph) -> None:
+    def __init__(self, graph: CSRGraph, table: str = "auto") -> None:
         numba()
+        self._hashed = table == "hash" or (table == "auto" and graph.num_nodes > _DENSE_NODES)
         self._num_nodes = graph.num_nodes
         self._indptr = kernel_view(graph.indptr)
         self._indices = kernel_view(graph.indices)
@@ -100,7 +122,7 @@ class CpuSampler:
         with self._lock:
             workspace = self._workspaces.pop() if self._workspaces else None
         if workspace is None:
-            workspace = _Workspace(self._num_nodes)
+            workspace = _Workspace(self._num_nodes, self._hashed)
         # After an error the workspace is dropped: its table may hold local ids of the batch that failed.
         result = self._sample(workspace, seeds, sizes, seed, batch, replace, expand)
         with self._lock:
@@ -113,14 +135,14 @@ class CpuSampler:
         from gglspeedup.kernels import sample_cpu as kernels
 
         announce_compilation(kernels.sample_hop)
-        base = space.begin(self._num_nodes)
+        base = space.begin()
+        check_range(seeds, self._num_nodes, "seeds")
         nodes = space.grown("nodes", 0, len(seeds), self._indices.dtype)
-        position, kind = kernels.insert_seeds(seeds, self._num_nodes, base, space.table, nodes)
-        if kind:
-            value = int(seeds[position])
-            if kind == 1:
-                raise out_of_range("seeds", position, value, self._num_nodes)
-            raise duplicate("seeds", position, value)
+        nodes[: len(seeds)] = seeds
+        space.reserve(len(seeds), 0, nodes)
+        repeated = kernels.insert_nodes(0, len(seeds), base, space.keys, space.table, nodes)
+        if repeated >= 0:
+            raise duplicate("seeds", repeated, int(seeds[repeated]))
         key = np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
         counter = np.uint32(batch & 0xFFFFFFFF), (batch >> 32) << 16
         count, low = len(seeds), 0
@@ -133,7 +155,9 @@ class CpuSampler:
             offsets = space.array("offsets", chunks + 1, np.int64)
             with launching() as threads:
                 edges = kernels.count_hop(self._indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets)
-                nodes = space.grown("nodes", count, min(count + edges, self._num_nodes) + 1, self._indices.dtype)
+                most = min(count + edges, self._num_nodes)
+                nodes = space.grown("nodes", count, most + 1, self._indices.dtype)
+                space.reserve(most, count, nodes)
                 e_id = self._pool.empty((edges,), np.int64)
                 edge_index = self._pool.empty((2, edges), np.int64)
                 workers = max(1, min(threads, chunks))
@@ -141,7 +165,7 @@ class CpuSampler:
                 count = kernels.sample_hop(
                     workers, self._indices, self._edge_ids, nodes, low, high, count, fanout, replace, *key,
                     counter[0], np.uint32(counter[1] | hop << 8), rows, start, degree, offsets,
-                    np.int32(base), space.table, e_id,
+                    np.int32(base), space.keys, space.table, e_id,
                     space.array("neighbour", edges, self._indices.dtype), space.array("pending", edges, np.int64),
                     space.array("left", chunks, np.int64), edge_index[0], edge_index[1],
                     space.array("state", kernels.STATE_SIZE, np.int64),

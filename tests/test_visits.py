@@ -48,7 +48,8 @@ def needs_numba_cuda() -> None:
 def test_simulator_equals_cpu():
     needs_numba_cuda()
     environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1"}
-    result = subprocess.run([sys.executable, "-c", SIMULATED], capture_output=True, text=True, env=environment, check=False)
+    command = [sys.executable, "-c", SIMULATED]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.stdout.split() == ["passed"], result.stderr[-2000:]
 
 

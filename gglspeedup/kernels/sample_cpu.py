@@ -29,19 +29,47 @@ def rows_per_chunk(fanout: int) -> int:
     return 64 if fanout <= 0 else max(8, min(128, 2048 // fanout))
 
 
+@njit(inline="always")
+def _home(v, keys):
+    """Return where a node's search in the table begins."""
+    if len(keys) == 0:
+        return np.int64(v)
+    return ((np.int64(v) * 0x9E3779B97F4A7C1) >> 20) & (len(keys) - 1)
+
+
+@njit(inline="always")
+def _look_up(v, base, keys, table):
+    """Return a node's cell in the table and its entry, below `base` if it has no local id yet.
+
+    Without `keys` a node's cell is its id. With them the table is open-addressed, and a cell whose entry is below
+    `base` is empty. The entry is read once, before the key: a cell that a relabeller fills meanwhile reads as empty.
+    """
+    cell = _home(v, keys)
+    entry = load_acquire(table, cell)
+    if len(keys) > 0:
+        while entry >= base and keys[cell] != v:
+            cell = (cell + 1) & (len(keys) - 1)
+            entry = load_acquire(table, cell)
+    return cell, entry
+
+
+@njit(inline="always")
+def _enter(v, cell, entry, keys, table):
+    """Write a node's entry; whoever sees it sees its key, too."""
+    if len(keys) > 0:
+        keys[cell] = v
+    store_release(table, cell, np.int32(entry))
+
+
 @njit(cache=True, nogil=True)
-def insert_seeds(seeds, num_nodes, base, table, nodes):
-    """Give the seeds the local ids 0, 1, ...; return the first bad place and its kind (0 none, 1 range, 2 repeated)."""
-    for i in range(len(seeds)):
-        if seeds[i] < 0 or seeds[i] >= num_nodes:
-            return i, 1
-    for i in range(len(seeds)):
-        v = seeds[i]
-        if table[v] >= base:
-            return i, 2
-        table[v] = base + i
-        nodes[i] = v
-    return -1, 0
+def insert_nodes(begin, end, base, keys, table, nodes):
+    """Enter nodes[begin:end], local ids begin to end - 1; return the place of the first that is in, or -1."""
+    for i in range(begin, end):
+        cell, entry = _look_up(nodes[i], base, keys, table)
+        if entry >= base:
+            return i
+        _enter(nodes[i], cell, base + i, keys, table)
+    return -1
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -162,15 +190,17 @@ def _draw(
 
 
 @njit(cache=True, nogil=True)
-def _gather_known(indices, begin, end, base, table, position, neighbour, source, pending):
+def _gather_known(indices, begin, end, base, keys, table, position, neighbour, source, pending):
     """Read the chosen neighbours; write the local ids already given, and list the edges of the others."""
     for e in range(begin, end):
         v = indices[position[e]]
         neighbour[e] = v
-        prefetch(table, np.int64(v))
+        prefetch(table, _home(v, keys))
+        if len(keys) > 0:
+            prefetch(keys, _home(v, keys))
     left = begin
     for e in range(begin, end):
-        local = load_acquire(table, np.int64(neighbour[e]))
+        _cell, local = _look_up(neighbour[e], base, keys, table)
         source[e] = local - base
         pending[left] = e
         left += np.int64(local < base)
@@ -178,16 +208,16 @@ def _gather_known(indices, begin, end, base, table, position, neighbour, source,
 
 
 @njit(cache=True, nogil=True)
-def _relabel(begin, end, base, count, table, neighbour, pending, nodes, source):
+def _relabel(begin, end, base, count, keys, table, neighbour, pending, nodes, source):
     """Give local ids, in order, to the edges pending[begin:end]; return the number of nodes found so far."""
     for q in range(begin, end):
         e = pending[q]
         v = neighbour[e]
-        local = table[v]
+        cell, local = _look_up(v, base, keys, table)
         # Written without a branch: half the ids are new and no predictor knows which.
         fresh = local < base
         local = base + count if fresh else local
-        store_release(table, np.int64(v), np.int32(local))
+        _enter(v, cell, local, keys, table)
         nodes[count] = v
         count += np.int64(fresh)
         source[e] = local - base
@@ -195,7 +225,7 @@ def _relabel(begin, end, base, count, table, neighbour, pending, nodes, source):
 
 
 @njit(cache=True, nogil=True)
-def _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state):
+def _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state):
     """Relabel the chunks that are next in order and gathered, unless somebody is at it."""
     chunks = len(offsets) - 1
     while load_acquire(state, NEXT) < chunks and load_acquire(left, load_acquire(state, NEXT)) >= 0:
@@ -207,7 +237,7 @@ def _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source
             end = load_acquire(left, c)
             if end < 0:
                 break
-            count = _relabel(offsets[c], end, base, count, table, neighbour, pending, nodes, source)
+            count = _relabel(offsets[c], end, base, count, keys, table, neighbour, pending, nodes, source)
             c += 1
         state[NODES] = count
         store_release(state, NEXT, c)
@@ -217,7 +247,7 @@ def _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source
 @njit(cache=True, nogil=True)
 def _work(
     worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree, offsets,
-    base, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
+    base, keys, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
 ):  # fmt: skip
     """Take chunks until none is left."""
     chunks = len(offsets) - 1
@@ -232,18 +262,18 @@ def _work(
             indices, nodes, low, begin, end, fanout, replace, k0, k1, c2, c3_hop, start, degree, edge,
             position, target, c1[worker], c3[worker], words[worker], seen[worker], tags[worker],
         )  # fmt: skip
-        end_pending = _gather_known(indices, edge, last, base, table, position, neighbour, source, pending)
+        end_pending = _gather_known(indices, edge, last, base, keys, table, position, neighbour, source, pending)
         if len(edge_ids) > 0:
             for e in range(edge, last):
                 position[e] = edge_ids[position[e]]
         store_release(left, c, end_pending)
-        _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state)
+        _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
 
 
 @njit(cache=True, nogil=True, parallel=True)
 def sample_hop(
     workers, indices, edge_ids, nodes, low, high, count, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
-    offsets, base, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
+    offsets, base, keys, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
 ):  # fmt: skip
     """Sample the rows nodes[low:high]; append new nodes after `count`; return how many there are now."""
     state[:] = 0
@@ -254,8 +284,8 @@ def sample_hop(
     for worker in prange(workers):
         _work(
             worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
-            offsets, base, table, position, neighbour, pending, left, source, target, state,
+            offsets, base, keys, table, position, neighbour, pending, left, source, target, state,
             c1, c3, words, seen, tags,
         )  # fmt: skip
-    _relabel_ready(offsets, base, table, neighbour, pending, left, nodes, source, state)
+    _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
     return state[NODES]
