@@ -6,9 +6,10 @@ edge id (0 if there are none, or 8); uint32 CRC-32 of all that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
-import tempfile
+import uuid
 import zlib
 from typing import Any
 
@@ -38,10 +39,9 @@ def write(path: str, indptr: Array, indices: Array, edge_ids: Array | None) -> N
     id_bytes = 0 if edge_ids is None else 8
     begins, size = _layout(len(indptr) - 1, len(indices), indices.itemsize, id_bytes)
     fields = _FIELDS.pack(_MAGIC, len(indptr) - 1, len(indices), indices.itemsize, id_bytes)
-    folder = os.path.dirname(os.path.abspath(path))
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".part", dir=folder)
+    temporary = f"{path}.{uuid.uuid4().hex}.part"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(fields + struct.pack("<I", zlib.crc32(fields)))
             for begin, array in zip(begins, (indptr, indices, edge_ids), strict=True):
                 file.seek(begin)
@@ -52,7 +52,8 @@ def write(path: str, indptr: Array, indices: Array, edge_ids: Array | None) -> N
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 

@@ -21,7 +21,8 @@ Hop = tuple[Any, Any, tuple[int, int]]
 logger = logging.getLogger("gglspeedup")
 
 _MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
-_DENSE_NODES = 1 << 28
+# Up to here a dense table was as fast as a hash table or faster, whatever the batch (docs/benchmarks.md).
+_DENSE_NODES = 1 << 25
 
 
 class _Workspace:
@@ -32,9 +33,9 @@ class _Workspace:
     the table is open-addressed, with a key a cell, and grows with the batches.
     """
 
-    def __init__(self, num_nodes: int, hashed: bool) -> None:
+    def __init__(self, num_nodes: int, hashed: bool, key_dtype: npt.DTypeLike) -> None:
         self.hashed = hashed
-        self.keys = np.empty(0, np.int64)
+        self.keys = np.empty(0, key_dtype)
         self.table = np.zeros(0 if hashed else num_nodes, np.int32)
         self.base = 1
         self._buffers: dict[str, Array] = {}
@@ -56,7 +57,7 @@ class _Workspace:
         from gglspeedup.kernels.sample_cpu import insert_nodes
 
         size = 1 << max(10, (4 * most - 1).bit_length())
-        self.keys, self.table = np.empty(size, np.int64), np.zeros(size, np.int32)
+        self.keys, self.table = np.empty(size, self.keys.dtype), np.zeros(size, np.int32)
         insert_nodes(0, count, self.base, self.keys, self.table, nodes)
 
     def array(self, name: str, size: int, dtype: npt.DTypeLike) -> Array:
@@ -85,8 +86,8 @@ class CpuSampler:
     graph : CSRGraph
         In memory or memory-mapped; not copied.
     table : str
-        What local ids are looked up in: ``"dense"``, 4 bytes a node; ``"hash"``, 12 bytes for 2 to 4 times the nodes
-        of a batch; ``"auto"``, dense up to 2**28 nodes.
+        What local ids are looked up in: ``"dense"``, 4 bytes a node; ``"hash"``, 8 or 12 bytes for 2 to 8 times
+        the nodes of a batch; ``"auto"``, dense up to 2**25 nodes.
     """
 
     def __init__(self, graph: CSRGraph, table: str = "auto") -> None:
@@ -122,7 +123,7 @@ class CpuSampler:
         with self._lock:
             workspace = self._workspaces.pop() if self._workspaces else None
         if workspace is None:
-            workspace = _Workspace(self._num_nodes, self._hashed)
+            workspace = _Workspace(self._num_nodes, self._hashed, self._indices.dtype)
         # After an error the workspace is dropped: its table may hold local ids of the batch that failed.
         result = self._sample(workspace, seeds, sizes, seed, batch, replace, expand)
         with self._lock:

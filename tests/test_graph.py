@@ -188,8 +188,8 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_more_edges_than_int32_counts(tmp_path):
-    """A mapped graph of 2^31 + 1000 edges (a sparse file: nearly all neighbours are 0)."""
-    nodes, edges = 1000, (1 << 31) + 1000
+    """A mapped graph of more than 2^31 edges (a sparse file: nearly all neighbours are 0)."""
+    nodes, edges = 1000, (1 << 31) + 4_000_000
     from gglspeedup import graph_file
 
     indptr = np.linspace(0, edges, nodes + 1).astype(np.int64)
