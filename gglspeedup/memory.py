@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import math
 import re
 import threading
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 
 ALIGNMENT = 64
+_MOST_BUFFERS = 64
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -78,7 +80,7 @@ class _Lease(AliasedArray):
         self.pool = pool
 
     def __del__(self) -> None:
-        self.pool._give_back(self.owner)
+        self.pool.give_back(self.owner)
 
 
 class BufferPool:
@@ -90,14 +92,16 @@ class BufferPool:
     Parameters
     ----------
     limit : int
-        Bytes kept for reuse; buffers beyond are freed, the largest last.
+        Bytes kept for reuse; buffers beyond are freed, the longest unused first.
     """
 
     def __init__(self, limit: int = 1 << 30) -> None:
         self.limit = limit
         self._free: list[npt.NDArray[np.uint8]] = []
-        # Re-entrant: the collector may run a lease's __del__ in a thread that is inside the pool.
-        self._lock = threading.RLock()
+        # Buffers come back whenever the garbage collector says so, even to a thread that holds the lock: they wait
+        # here, where appending needs none, until the next call sorts them in.
+        self._returned: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
+        self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
@@ -107,18 +111,18 @@ class BufferPool:
         step = max(4096, 1 << max(0, need.bit_length() - 4))
         size = -(-max(need, 1) // step) * step
         with self._lock:
-            best = -1
-            for i, buffer in enumerate(self._free):
-                if size <= buffer.size <= 2 * size and (best < 0 or buffer.size < self._free[best].size):
-                    best = i
-            found = self._free.pop(best) if best >= 0 else None
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
+            found = min(fitting, key=len, default=None)
+            self._free = [buffer for buffer in self._free if buffer is not found]
+            while len(self._free) > _MOST_BUFFERS or sum(map(len, self._free)) > self.limit:
+                self._free.pop(0)
         return np.asarray(_Lease(self, aligned_empty(size) if found is None else found, shape, dtype))
 
-    def _give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._free.append(buffer)
-            while sum(free.size for free in self._free) > self.limit or len(self._free) > 64:
-                self._free.pop(0)
+    def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
+        """Take a buffer that no array uses any more."""
+        self._returned.append(buffer)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BufferPool, (self.limit,)
