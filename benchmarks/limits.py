@@ -27,27 +27,16 @@ def _random_reads(table, places, sums):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True, parallel=True)
 def _random_rows(source, places, out, row_bytes, slots, workers):  # type: ignore[no-untyped-def]
-    """Copy random rows into the same few slots again: the reads alone, without the writes to memory."""
+    """Copy random rows into `slots` places: as many as rows, or a few that stay in the cache, to time reads alone."""
     for w in prange(workers):
         begin, end = len(places) * w // workers, len(places) * (w + 1) // workers
+        shift = w * slots if slots < len(places) else 0
         for i in range(begin, end):
             if i + 8 < end:
                 for line in range(0, row_bytes, 64):
                     prefetch_address(source + places[i + 8] * row_bytes + line)
-            slot = w * slots + i % slots
-            copy_bytes(out + slot * row_bytes, source + places[i] * row_bytes, np.int64(row_bytes))
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def _random_rows_written(source, places, out, row_bytes, workers):  # type: ignore[no-untyped-def]
-    """The same with every row written to a place of its own: what any gather has to do."""
-    for w in prange(workers):
-        begin, end = len(places) * w // workers, len(places) * (w + 1) // workers
-        for i in range(begin, end):
-            if i + 8 < end:
-                for line in range(0, row_bytes, 64):
-                    prefetch_address(source + places[i + 8] * row_bytes + line)
-            copy_bytes(out + i * row_bytes, source + places[i] * row_bytes, np.int64(row_bytes))
+            target = out + (shift + i % slots) * row_bytes
+            copy_bytes(target, source + places[i] * row_bytes, np.int64(row_bytes))
 
 
 def _best(call: Callable[[], None], tries: int = 5) -> float:
@@ -73,12 +62,8 @@ def random_rows(row_bytes: int, written: bool, rows: int = 1 << 21, count: int =
     places = np.random.default_rng(0).permutation(rows)[:count].astype(np.int64)
     out = np.ones(count * row_bytes, np.uint8)
     with launching() as workers:
-        if written:
-            seconds = _best(
-                lambda: _random_rows_written(source.ctypes.data, places, out.ctypes.data, row_bytes, workers)
-            )
-        else:
-            seconds = _best(lambda: _random_rows(source.ctypes.data, places, out.ctypes.data, row_bytes, 16, workers))
+        slots = count if written else 16
+        seconds = _best(lambda: _random_rows(source.ctypes.data, places, out.ctypes.data, row_bytes, slots, workers))
     return count * row_bytes / seconds
 
 

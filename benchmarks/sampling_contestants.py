@@ -124,40 +124,37 @@ def graphbolt_workers(job: Job) -> tuple[str, Run]:
     return f"dgl {dgl.__version__}, torch {torch.__version__}", _epochs(job, loader, edges_of)
 
 
-def torch_sparse(job: Job) -> tuple[str, Run]:
-    """torch-sparse's operator (one thread; each hop draws for new nodes only)."""
+def _operator(job: Job, sample: Callable[[Any, Any, Any], Any]) -> Run:
+    """Time a C++ operator of PyG's family: one thread; each hop draws for new nodes only."""
     torch = _torch(job)
-    import torch_sparse as package
-
     indptr, indices = torch.from_numpy(job.indptr), torch.from_numpy(job.indices).long()
 
     def run(k: int) -> tuple[float, float]:
-        edges = 0
         seeds = [torch.from_numpy(ids) for ids in job.seeds(k)]
         begin = time.perf_counter()
-        for ids in seeds:
-            sampled = torch.ops.torch_sparse.neighbor_sample(indptr, indices, ids, job.fanouts, False, True)
-            edges += sampled[1].numel()
+        edges = sum(sample(indptr, indices, ids).numel() for ids in seeds)
         return edges, time.perf_counter() - begin
 
+    return run
+
+
+def torch_sparse(job: Job) -> tuple[str, Run]:
+    """torch-sparse's operator."""
+    torch = _torch(job)
+    import torch_sparse as package
+
+    sample = torch.ops.torch_sparse.neighbor_sample
+    run = _operator(job, lambda indptr, indices, ids: sample(indptr, indices, ids, job.fanouts, False, True)[1])
     return f"torch-sparse {package.__version__}, torch {torch.__version__}", run
 
 
 def pyg_lib(job: Job) -> tuple[str, Run]:
-    """pyg-lib's operator (one thread; each hop draws for new nodes only)."""
+    """pyg-lib's operator."""
     torch = _torch(job)
     import pyg_lib as package
 
-    indptr, indices = torch.from_numpy(job.indptr), torch.from_numpy(job.indices).long()
-
-    def run(k: int) -> tuple[float, float]:
-        edges = 0
-        seeds = [torch.from_numpy(ids) for ids in job.seeds(k)]
-        begin = time.perf_counter()
-        for ids in seeds:
-            edges += package.sampler.neighbor_sample(indptr, indices, ids, job.fanouts)[0].numel()
-        return edges, time.perf_counter() - begin
-
+    sample = package.sampler.neighbor_sample
+    run = _operator(job, lambda indptr, indices, ids: sample(indptr, indices, ids, job.fanouts)[0])
     return f"pyg-lib {package.__version__}, torch {torch.__version__}", run
 
 

@@ -18,16 +18,21 @@ def _element(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return builder.gep(array.data, [args[1]])
 
 
+def _prefetch(context: Any, builder: Any, pointer: Any) -> Any:
+    """Generate a prefetch for reading, into all levels of the cache."""
+    kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
+    builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])
+    return context.get_dummy_value()
+
+
 @intrinsic
 def prefetch(_typing: Any, array: Any, index: Any) -> Any:
     """Ask for the cache line of array[index]; any index is harmless."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = builder.bitcast(_element(context, builder, signature, args), _BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
-        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])
-        return context.get_dummy_value()
+        return _prefetch(context, builder, pointer)
 
     return types.void(array, types.int64), generate
 
@@ -37,11 +42,7 @@ def prefetch_address(_typing: Any, address: Any) -> Any:
     """Ask for the cache line at an address given as an integer."""
 
     def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], _BYTE.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _INT, _INT, _INT])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [_BYTE.as_pointer()], kind)
-        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])
-        return context.get_dummy_value()
+        return _prefetch(context, builder, builder.inttoptr(args[0], _BYTE.as_pointer()))
 
     return types.void(types.int64), generate
 
