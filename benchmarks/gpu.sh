@@ -5,7 +5,7 @@
 set -u
 cd "$(dirname "$0")/.."
 python=${1:-python3}
-gpu=$("$python" - <<'PY'
+gpu=$("$python" - 2>/dev/null <<'PY'
 import re, cupy
 print(re.sub(r"[^a-z0-9]+", "-", cupy.cuda.runtime.getDeviceProperties(0)["name"].decode().lower()).strip("-"))
 PY
@@ -31,7 +31,8 @@ status=0
     echo "## Tests on the device"
     echo
     echo '```'
-    timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_errors.py 2>&1 | tail -25
+    timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_cuda_sample.py \
+        tests/test_cuda_gather.py tests/test_errors.py 2>&1 | tail -25
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
     echo

@@ -23,6 +23,7 @@ logger = logging.getLogger("gglspeedup")
 _MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
 # Up to here a dense table was as fast as a hash table or faster, whatever the batch (docs/benchmarks.md).
 _DENSE_NODES = 1 << 25
+_ROWS_A_THREAD = 4096  # to count: waking a thread costs as much as that
 
 
 class _Workspace:
@@ -154,15 +155,15 @@ class CpuSampler:
             chunks = -(-(high - low) // rows)
             start, degree = (space.array(name, high - low, np.int64) for name in ("start", "degree"))
             offsets = space.array("offsets", chunks + 1, np.int64)
-            with launching() as threads:
+            with launching(most=(high - low) // _ROWS_A_THREAD):
                 edges = kernels.count_hop(self._indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets)
-                most = min(count + edges, self._num_nodes)
-                nodes = space.grown("nodes", count, most + 1, self._indices.dtype)
-                space.reserve(most, count, nodes)
-                e_id = self._pool.empty((edges,), np.int64)
-                edge_index = self._pool.empty((2, edges), np.int64)
-                workers = max(1, min(threads, chunks))
-                words = -(-max(fanout, 0) // 4) * 4
+            most = min(count + edges, self._num_nodes)
+            nodes = space.grown("nodes", count, most + 1, self._indices.dtype)
+            space.reserve(most, count, nodes)
+            e_id = self._pool.empty((edges,), np.int64)
+            edge_index = self._pool.empty((2, edges), np.int64)
+            words = -(-max(fanout, 0) // 4) * 4
+            with launching(most=chunks) as workers:
                 count = kernels.sample_hop(
                     workers, self._indices, self._edge_ids, nodes, low, high, count, fanout, replace, *key,
                     counter[0], np.uint32(counter[1] | hop << 8), rows, start, degree, offsets,

@@ -120,10 +120,10 @@ def announce_compilation(kernel: Any) -> None:
 
 
 @contextmanager
-def launching() -> Iterator[int]:
-    """Hold what a parallel kernel launch needs, and give the number of threads it may use."""
+def launching(most: int = 1 << 30) -> Iterator[int]:
+    """Hold what a parallel kernel launch needs, and give the number of threads it may use, `most` or fewer."""
     module = numba()
-    threads = min(get_num_threads(), module.config.NUMBA_NUM_THREADS)
+    threads = max(1, min(get_num_threads(), module.config.NUMBA_NUM_THREADS, most))
     if _launch_lock is None:
         module.set_num_threads(threads)  # of the calling thread alone
         yield threads

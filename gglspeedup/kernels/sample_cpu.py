@@ -190,14 +190,19 @@ def _draw(
 
 
 @njit(cache=True, nogil=True)
-def _gather_known(indices, begin, end, base, keys, table, position, neighbour, source, pending):
-    """Read the chosen neighbours; write the local ids already given, and list the edges of the others."""
+def _gather(indices, begin, end, keys, table, position, neighbour):
+    """Read the chosen neighbours, and ask for their entries in the table."""
     for e in range(begin, end):
         v = indices[position[e]]
         neighbour[e] = v
         prefetch(table, _home(v, keys))
         if len(keys) > 0:
             prefetch(keys, _home(v, keys))
+
+
+@njit(cache=True, nogil=True)
+def _take_known(begin, end, base, keys, table, neighbour, source, pending):
+    """Write the local ids already given, and list the edges of the others; return the end of the list."""
     left = begin
     for e in range(begin, end):
         _cell, local = _look_up(neighbour[e], base, keys, table)
@@ -207,20 +212,33 @@ def _gather_known(indices, begin, end, base, keys, table, position, neighbour, s
     return left
 
 
+@njit(inline="always")
+def _relabel_one(e, base, count, keys, table, neighbour, nodes, source):
+    """Give edge e its local id; return the number of nodes found so far."""
+    v = neighbour[e]
+    cell, local = _look_up(v, base, keys, table)
+    # Written without a branch: half the ids are new and no predictor knows which.
+    fresh = local < base
+    local = base + count if fresh else local
+    _enter(v, cell, local, keys, table)
+    nodes[count] = v
+    source[e] = local - base
+    return count + np.int64(fresh)
+
+
 @njit(cache=True, nogil=True)
-def _relabel(begin, end, base, count, keys, table, neighbour, pending, nodes, source):
+def _relabel_all(begin, end, base, count, keys, table, neighbour, nodes, source):
+    """Give local ids, in order, to the edges [begin, end); return the number of nodes found so far."""
+    for e in range(begin, end):
+        count = _relabel_one(e, base, count, keys, table, neighbour, nodes, source)
+    return count
+
+
+@njit(cache=True, nogil=True)
+def _relabel_pending(begin, end, base, count, keys, table, neighbour, pending, nodes, source):
     """Give local ids, in order, to the edges pending[begin:end]; return the number of nodes found so far."""
     for q in range(begin, end):
-        e = pending[q]
-        v = neighbour[e]
-        cell, local = _look_up(v, base, keys, table)
-        # Written without a branch: half the ids are new and no predictor knows which.
-        fresh = local < base
-        local = base + count if fresh else local
-        _enter(v, cell, local, keys, table)
-        nodes[count] = v
-        count += np.int64(fresh)
-        source[e] = local - base
+        count = _relabel_one(pending[q], base, count, keys, table, neighbour, nodes, source)
     return count
 
 
@@ -237,7 +255,7 @@ def _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, 
             end = load_acquire(left, c)
             if end < 0:
                 break
-            count = _relabel(offsets[c], end, base, count, keys, table, neighbour, pending, nodes, source)
+            count = _relabel_pending(offsets[c], end, base, count, keys, table, neighbour, pending, nodes, source)
             c += 1
         state[NODES] = count
         store_release(state, NEXT, c)
@@ -246,8 +264,8 @@ def _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, 
 
 @njit(cache=True, nogil=True)
 def _work(
-    worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree, offsets,
-    base, keys, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
+    worker, alone, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
+    offsets, base, keys, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
 ):  # fmt: skip
     """Take chunks until none is left."""
     chunks = len(offsets) - 1
@@ -262,12 +280,15 @@ def _work(
             indices, nodes, low, begin, end, fanout, replace, k0, k1, c2, c3_hop, start, degree, edge,
             position, target, c1[worker], c3[worker], words[worker], seen[worker], tags[worker],
         )  # fmt: skip
-        end_pending = _gather_known(indices, edge, last, base, keys, table, position, neighbour, source, pending)
+        _gather(indices, edge, last, keys, table, position, neighbour)
+        if alone:
+            state[NODES] = _relabel_all(edge, last, base, state[NODES], keys, table, neighbour, nodes, source)
+        else:
+            store_release(left, c, _take_known(edge, last, base, keys, table, neighbour, source, pending))
+            _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
         if len(edge_ids) > 0:
             for e in range(edge, last):
                 position[e] = edge_ids[position[e]]
-        store_release(left, c, end_pending)
-        _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -283,9 +304,10 @@ def sample_hop(
         tags[:] = -1
     for worker in prange(workers):
         _work(
-            worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
-            offsets, base, keys, table, position, neighbour, pending, left, source, target, state,
+            worker, workers == 1, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start,
+            degree, offsets, base, keys, table, position, neighbour, pending, left, source, target, state,
             c1, c3, words, seen, tags,
         )  # fmt: skip
-    _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
+    if workers > 1:
+        _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
     return state[NODES]
