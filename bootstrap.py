@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Sets up an environment in `.venv` and runs the demo or the tests in it.
+
+    python3 bootstrap.py demo [options of the demo]
+    python3 bootstrap.py test [options of pytest]
+
+It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
+again, so a second call starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+OLDEST = (3, 10)
+# A newer torch brings gigabytes of CUDA packages; this is what the results in the README were measured with.
+TORCH = "torch==2.13.0"
+JOBS = ("demo", "test")
+USAGE = "usage: python3 bootstrap.py demo [options of the demo] | test [options of pytest]"
+
+
+class SetupError(Exception):
+    """The environment cannot be made; the message says what to do."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command line; return its exit status."""
+    if not arguments or arguments[0] not in JOBS:
+        print(USAGE, file=sys.stderr)
+        return 2
+    job, options = arguments[0], list(arguments[1:])
+    try:
+        check_python(sys.version_info[:2])
+        python = prepare(ROOT / ".venv", job)
+    except SetupError as error:
+        print(f"bootstrap: {error}", file=sys.stderr)
+        return 1
+    for command in commands(job, python, options):
+        # The demo runs in the caller's folder, so that paths among its options mean what they say.
+        status = run(command, cwd=ROOT if job == "test" else None)
+        if status:
+            return status
+    return 0
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    """Raise SetupError if this Python is too old."""
+    if version < OLDEST:
+        found, oldest = (".".join(map(str, numbers)) for numbers in (version, OLDEST))
+        raise SetupError(f"Python {oldest} or later is needed, this is {found}; run it with a newer python3")
+
+
+def commands(job: str, python: Path, options: Sequence[str]) -> list[list[str]]:
+    """Return what a job runs, in order."""
+    if job == "demo":
+        return [[str(python), str(ROOT / "demo" / "sage_torch.py"), *options]]
+    return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], ["pytest", *options])]
+
+
+def prepare(venv: Path, job: str) -> Path:
+    """Return the Python of the environment, made and filled as far as it is not yet."""
+    python = venv / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = venv / f"bootstrap-{job}.stamp"
+    wanted = requirements_digest(job)
+    if python.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    if not works(python):
+        make_venv(venv, python)
+    if not works(python, "import torch"):
+        pip_install(python, TORCH)
+    pip_install(python, "-e", f"{ROOT}[{job}]")
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def requirements_digest(job: str) -> str:
+    """Return a digest of all that decides what has to be installed for a job, and where."""
+    digest = hashlib.sha256(f"{job} {TORCH} {ROOT} {sys.version_info[:2]}".encode())
+    for name in ("setup.py", "pyproject.toml"):
+        digest.update((ROOT / name).read_bytes())
+    return digest.hexdigest()
+
+
+def works(python: Path, statement: str = "import pip") -> bool:
+    """Return whether a Python is there and can run a statement."""
+    if not python.exists():
+        return False
+    done = subprocess.run([str(python), "-c", statement], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return done.returncode == 0
+
+
+def make_venv(venv: Path, python: Path) -> None:
+    """Make the environment; it sees the packages of this Python if these include torch."""
+    if importlib.util.find_spec("ensurepip") is None:
+        raise SetupError(
+            "this Python has no ensurepip, so it cannot make an environment; install it "
+            "(on Debian and Ubuntu: apt install python3-venv) or run bootstrap.py with another python3"
+        )
+    shared = works(Path(sys.executable), "import torch")
+    command = [sys.executable, "-m", "venv", "--clear", *(["--system-site-packages"] if shared else []), str(venv)]
+    if run(command):
+        raise SetupError(f"{venv} could not be made; see the message above")
+    if shared and not works(python, "import torch"):
+        # This Python runs in an environment itself, whose packages are not the system's.
+        share_packages(python)
+
+
+def share_packages(python: Path) -> None:
+    """Let the environment see the folders that this Python takes its packages from."""
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    inside = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
+    outside = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (Path(inside) / "bootstrap.pth").write_text("\n".join(outside) + "\n", encoding="utf-8")
+
+
+def pip_install(python: Path, *what: str) -> None:
+    """Install into the environment."""
+    if run([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *what]):
+        raise SetupError(f"pip could not install {' '.join(what)}; see its message above, and whether it has an index")
+
+
+def run(command: Sequence[str], cwd: Path | None = None) -> int:
+    """Print a command, run it, and return its exit status."""
+    print("+ " + shlex.join(command), flush=True)
+    return subprocess.run(command, cwd=cwd).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
