@@ -105,8 +105,20 @@ class BufferPool:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
+        return np.asarray(_Lease(self, self._take(math.prod(shape) * np.dtype(dtype).itemsize), shape, np.dtype(dtype)))
+
+    def empty_pair(
+        self, first: tuple[int, ...], second: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """Return two such arrays on one buffer, which takes half the time and comes back when both are gone."""
         dtype = np.dtype(dtype)
-        need = math.prod(shape) * dtype.itemsize
+        begin = -(-math.prod(first) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        buffer = self.empty((begin + math.prod(second) * dtype.itemsize,), np.uint8)
+        one = buffer[: math.prod(first) * dtype.itemsize].view(dtype).reshape(first)
+        return one, buffer[begin:].view(dtype).reshape(second)
+
+    def _take(self, need: int) -> npt.NDArray[np.uint8]:
+        """Return a buffer of at least so many bytes."""
         # Classes an eighth of a power of two apart: a batch a little larger than the last finds its buffer.
         step = max(4096, 1 << max(0, need.bit_length() - 4))
         size = -(-max(need, 1) // step) * step
@@ -115,10 +127,11 @@ class BufferPool:
                 self._free.append(self._returned.popleft())
             fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
             found = min(fitting, key=len, default=None)
-            self._free = [buffer for buffer in self._free if buffer is not found]
+            if found is not None:
+                self._free = [buffer for buffer in self._free if buffer is not found]
             while len(self._free) > _MOST_BUFFERS or sum(map(len, self._free)) > self.limit:
                 self._free.pop(0)
-        return np.asarray(_Lease(self, aligned_empty(size) if found is None else found, shape, dtype))
+        return aligned_empty(size) if found is None else found
 
     def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
         """Take a buffer that no array uses any more."""

@@ -160,8 +160,7 @@ class CpuSampler:
             most = min(count + edges, self._num_nodes)
             nodes = space.grown("nodes", count, most + 1, self._indices.dtype)
             space.reserve(most, count, nodes)
-            e_id = self._pool.empty((edges,), np.int64)
-            edge_index = self._pool.empty((2, edges), np.int64)
+            edge_index, e_id = self._pool.empty_pair((2, edges), (edges,), np.int64)
             words = -(-max(fanout, 0) // 4) * 4
             with launching(most=chunks) as workers:
                 count = kernels.sample_hop(

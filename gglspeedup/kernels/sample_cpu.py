@@ -243,28 +243,32 @@ def _relabel_pending(begin, end, base, count, keys, table, neighbour, pending, n
 
 
 @njit(cache=True, nogil=True)
-def _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state):
-    """Relabel the chunks that are next in order and gathered, unless somebody is at it."""
+def _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state):
+    """Relabel the chunks that are next in order, as far as they are gathered, and let go of the lock."""
     chunks = len(offsets) - 1
-    while load_acquire(state, NEXT) < chunks and load_acquire(left, load_acquire(state, NEXT)) >= 0:
-        if exchange(state, LOCK, 1) != 0:
-            return
-        c = state[NEXT]
-        count = state[NODES]
-        while c < chunks:
-            end = load_acquire(left, c)
-            if end < 0:
-                break
-            count = _relabel_pending(offsets[c], end, base, count, keys, table, neighbour, pending, nodes, source)
-            c += 1
-        state[NODES] = count
-        store_release(state, NEXT, c)
-        store_release(state, LOCK, 0)
+    c = state[NEXT]
+    count = state[NODES]
+    while c < chunks:
+        end = load_acquire(left, c)
+        if end < 0:
+            break
+        count = _relabel_pending(offsets[c], end, base, count, keys, table, neighbour, pending, nodes, source)
+        c += 1
+    state[NODES] = count
+    store_release(state, NEXT, c)
+    store_release(state, LOCK, 0)
+
+
+@njit(cache=True, nogil=True)
+def _next_is_gathered(left, state):
+    """Return whether there is a chunk to relabel."""
+    c = load_acquire(state, NEXT)
+    return c < len(left) and load_acquire(left, c) >= 0
 
 
 @njit(cache=True, nogil=True)
 def _work(
-    worker, alone, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
+    worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start, degree,
     offsets, base, keys, table, position, neighbour, pending, left, source, target, state, c1, c3, words, seen, tags,
 ):  # fmt: skip
     """Take chunks until none is left."""
@@ -281,11 +285,15 @@ def _work(
             position, target, c1[worker], c3[worker], words[worker], seen[worker], tags[worker],
         )  # fmt: skip
         _gather(indices, edge, last, keys, table, position, neighbour)
-        if alone:
+        if load_acquire(state, NEXT) == c and exchange(state, LOCK, 1) == 0:
+            # In order already: nothing need be looked up twice. (Only the holder of a chunk can pass it on as next.)
             state[NODES] = _relabel_all(edge, last, base, state[NODES], keys, table, neighbour, nodes, source)
+            store_release(state, NEXT, c + 1)
+            _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
         else:
             store_release(left, c, _take_known(edge, last, base, keys, table, neighbour, source, pending))
-            _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
+        while _next_is_gathered(left, state) and exchange(state, LOCK, 1) == 0:
+            _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
         if len(edge_ids) > 0:
             for e in range(edge, last):
                 position[e] = edge_ids[position[e]]
@@ -304,10 +312,9 @@ def sample_hop(
         tags[:] = -1
     for worker in prange(workers):
         _work(
-            worker, workers == 1, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start,
+            worker, indices, edge_ids, nodes, low, high, fanout, replace, k0, k1, c2, c3_hop, rows, start,
             degree, offsets, base, keys, table, position, neighbour, pending, left, source, target, state,
             c1, c3, words, seen, tags,
         )  # fmt: skip
-    if workers > 1:
-        _relabel_ready(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
+    _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
     return state[NODES]
