@@ -6,8 +6,10 @@ a contestant runs. They exchange lines of JSON.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,7 +68,7 @@ def play(contestants: Sequence[Contestant], rounds: int, environment: dict[str, 
     for contestant in contestants:
         process: Any = subprocess.Popen(
             contestant.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(environment or {})}, start_new_session=True,
         )  # fmt: skip
         first = json.loads(process.stdout.readline() or '{"problem": "ended at its start"}')
         contestant.problem, contestant.versions = first.get("problem", ""), first.get("versions", "")
@@ -83,6 +85,8 @@ def play(contestants: Sequence[Contestant], rounds: int, environment: dict[str, 
     for _contestant, process in running:
         process.stdin.close()
         process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # workers it may have left would slow those measured next
 
 
 def table(title: str, contestants: Sequence[Contestant], unit: float, name: str) -> str:
