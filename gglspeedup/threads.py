@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
 
@@ -74,17 +75,27 @@ def get_num_threads() -> int:
     return limit if _requested is None else min(_requested, limit)
 
 
+def _tbb_files() -> Iterator[str]:
+    """Give the places where pip may have put tbb: below the prefixes, else wherever its record says."""
+    for prefix in (sys.prefix, sys.base_prefix):
+        yield os.path.join(prefix, "lib", "libtbb.so.12")
+        yield os.path.join(prefix, "Library", "bin", "tbb12.dll")
+    yield "libtbb.so.12"
+    try:
+        files = metadata.files("tbb") or []
+    except metadata.PackageNotFoundError:
+        return
+    yield from (str(file.locate()) for file in files if file.name in ("libtbb.so.12", "tbb12.dll"))
+
+
 def _load_tbb() -> bool:
-    """Load pip's libtbb where Numba will find it, and say whether that worked."""
-    names = [os.path.join(sys.prefix, "lib", "libtbb.so.12")]
-    # A virtual environment that sees the system's packages may have tbb below the base prefix only.
-    names += [os.path.join(sys.base_prefix, "lib", "libtbb.so.12"), "libtbb.so.12"]
-    names += glob.glob(os.path.join(sys.prefix, "Library", "bin", "tbb12.dll"))
-    for name in names:
+    """Load tbb where Numba will find it, and say whether Numba can use it."""
+    for name in _tbb_files():
         try:
             ctypes.CDLL(name, mode=getattr(os, "RTLD_GLOBAL", 0))
+            import_module("numba.np.ufunc.tbbpool")
             return True
-        except OSError:
+        except (OSError, ImportError):  # not there, or of a version that Numba cannot use
             continue
     return False
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 
@@ -112,9 +114,6 @@ for n, table in ((1, "dense"), (8, "dense"), (8, "hash"), (3, "hash")):
     batch = sampler.sample(np.arange(1000), batch=1)
     print(hashlib.sha256(batch.n_id.tobytes() + b"".join(a.edge_index.tobytes() for a in batch.adjs)).hexdigest())
 """
-    import subprocess
-    import sys
-
     environment = {**os.environ, "NUMBA_NUM_THREADS": "8"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert len(result.stdout.split()) == 4 and len(set(result.stdout.split())) == 1
@@ -199,6 +198,26 @@ def test_python_threads_share_a_sampler(real_graph):
     for worker in workers:
         worker.join()
     assert got == expected
+
+
+def test_without_tbb():
+    """Where tbb is missing calls wait for each other, and the bits are the same."""
+    code = """
+import threading
+import numpy as np
+from gglspeedup import GPUSampler, threads
+threads._tbb_files = lambda: iter(["no-such-libtbb.so"])
+sampler = GPUSampler("cpu", (np.arange(2001) * 5, np.arange(10_000) * 7 % 2000), [3, 3])
+got = []
+work = lambda: got.append(sampler.sample(np.arange(500), batch=1).n_id.tobytes())
+workers = [threading.Thread(target=work) for _ in range(4)]
+[worker.start() for worker in workers]
+[worker.join() for worker in workers]
+assert threads._launch_lock is not None and len(got) == 4 and len(set(got)) == 1
+print(hash(got[0]) == hash(sampler.sample(np.arange(500), batch=1).n_id.tobytes()))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "True", result.stderr
 
 
 def _sample_elsewhere(sampler, seeds, queue):
