@@ -23,7 +23,7 @@ _requested: int | None = None
 _layer_lock = threading.Lock()
 _launch_lock: threading.Lock | None = None
 _layer_ready = False
-_announced: set[Any] = set()
+_announced = False
 
 
 @functools.lru_cache(maxsize=1)
@@ -120,13 +120,13 @@ def numba() -> ModuleType:
 
 
 def announce_compilation(kernel: Any) -> None:
-    """Say so in the log if the first call of a kernel is about to compile, which takes seconds."""
-    if kernel in _announced:
+    """Say so in the log, once a process, if the first call of a kernel is about to compile, which takes seconds."""
+    global _announced
+    if _announced or kernel.signatures:
         return
-    _announced.add(kernel)
     folder = kernel._cache.cache_path
-    cached = glob.glob(os.path.join(glob.escape(folder), f"*.{kernel.__name__}-*.nbi"))
-    if not cached:
+    if not glob.glob(os.path.join(glob.escape(folder), f"*.{kernel.__name__}-*.nbi")):
+        _announced = True
         logger.warning("compiling the CPU kernels for this machine, once, some ten seconds; kept in %s", folder)
 
 
