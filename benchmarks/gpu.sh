@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All that needs a GPU, in one command of at most 8 minutes: the test suite on the device, then the figures.
 # Leaves benchmarks/results/<gpu>-<date>.{md,json}; needs python3 with cupy, numba, scipy and pytest, and no network.
+# Warnings are no errors here: the machine's versions are its own.
 #   bash benchmarks/gpu.sh [PYTHON]
 set -u
 cd "$(dirname "$0")/.."
@@ -31,7 +32,7 @@ status=0
     echo "## Tests on the device"
     echo
     echo '```'
-    timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/test_gpu.py tests/test_cuda_sample.py \
+    timeout 200 "$python" -m pytest -q -W default -p no:cacheprovider tests/test_gpu.py tests/test_cuda_sample.py \
         tests/test_cuda_gather.py tests/test_errors.py 2>&1 | tail -25
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'

@@ -9,6 +9,7 @@ from numba import config, cuda
 from gglspeedup.kernels.visits import add_visit
 
 _THREADS = 256
+_LEAST_BLOCKS = 128  # of fewer numba.cuda warns; those without an item end at once
 # In the simulator a kernel calls plain Python; on a device the body has to be compiled for it.
 _add_visit = add_visit if config.ENABLE_CUDASIM else cuda.jit(device=True, inline="always")(add_visit)
 
@@ -27,4 +28,4 @@ def count_visits(n_id: Any, visits: Any, stream: int = 0) -> None:
     """Add 1 to visits[v] for each v of n_id, on the stream of that address."""
     if len(n_id):
         queue = cuda.external_stream(stream) if stream else cuda.default_stream()
-        _visit_each[-(-len(n_id) // _THREADS), _THREADS, queue](n_id, visits)
+        _visit_each[max(-(-len(n_id) // _THREADS), _LEAST_BLOCKS), _THREADS, queue](n_id, visits)
