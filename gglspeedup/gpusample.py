@@ -11,13 +11,13 @@ from gglspeedup.arguments import check_sizes, device_ids, host_ids, on_cuda
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
 from gglspeedup.sampler_cpu import CpuSampler, Hop
 
 logger = logging.getLogger("gglspeedup")
 
 _PLACEMENTS = ("device", "uva", "auto")
 _EXPANSIONS = ("layer", "frontier")
-MAX_FANOUT, MAX_HOPS, MAX_BATCH = 1024, 256, 1 << 48
 
 
 class _Sampler(Protocol):

@@ -11,12 +11,11 @@ import numpy.typing as npt
 from gglspeedup import graph_file
 from gglspeedup.arguments import check_ids, check_range, host_array, host_ids
 from gglspeedup.errors import ArgumentIndexError, ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.kernels.bounds import MAX_DEGREE, MAX_NODES
 from gglspeedup.threads import numba
 
 Array = npt.NDArray[Any]
 _CHUNK = 1 << 24  # elements looked at in one go, so that checks of mapped arrays stay small in memory
-_MAX_NODES = 1 << 40  # what the counter of the random numbers has room for
-_MAX_DEGREE = (1 << 32) - 1
 
 
 class CSRGraph:
@@ -270,8 +269,8 @@ def _node_count(num_nodes: Any) -> int:
     if isinstance(num_nodes, (bool, np.bool_)) or not hasattr(num_nodes, "__index__"):
         raise ArgumentTypeError(explain("num_nodes", "an integer", repr(num_nodes), "pass the number of nodes"))
     count = int(num_nodes.__index__())
-    if not 0 <= count <= _MAX_NODES:
-        raise ArgumentValueError(explain("num_nodes", f"0 to {_MAX_NODES}", count, "pass the number of nodes"))
+    if not 0 <= count <= MAX_NODES:
+        raise ArgumentValueError(explain("num_nodes", f"0 to {MAX_NODES}", count, "pass the number of nodes"))
     return count
 
 
@@ -292,8 +291,8 @@ def _check_pointers(indptr: Array, num_edges: int) -> None:
             row = begin + int(np.argmax(lengths < 0))
             got = f"{int(indptr[row])} then {int(indptr[row + 1])} at row {row}"
             raise ArgumentValueError(explain("indptr", "entries that never fall", got, "rebuild the matrix"))
-        if int(lengths.max()) > _MAX_DEGREE:
-            row = begin + int(np.argmax(lengths > _MAX_DEGREE))
+        if int(lengths.max()) > MAX_DEGREE:
+            row = begin + int(np.argmax(lengths > MAX_DEGREE))
             got = f"{int(lengths.max())} in row {row}"
             raise ArgumentValueError(explain("indptr", "rows of up to 2^32 - 1 edges", got, "split that node"))
     if indptr[-1] != num_edges:

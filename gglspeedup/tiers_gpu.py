@@ -42,6 +42,8 @@ class CudaTiers:
         self._row_bytes = rows[:1].nbytes if len(rows) else 0
         with runtime.activate():
             self._counters = runtime.zeros(2, np.uint64)
+            # Where the gather kernel notes bad ids: none, as they are checked before.
+            self._no_bad = runtime.to_device(np.full(1, _NONE))
             count = len(rows) if self._row_bytes == 0 else min(len(rows), budget // self._row_bytes)
             self._hot, count = self._load_hot(order, count)
             # Where a node's row is in the hot tier; None if one tier has all rows, in the order of their nodes.
@@ -114,9 +116,10 @@ class CudaTiers:
             raise out_of_range("n_id", first, value, len(self._rows))
 
     def _gather(self, hot: Any, slot: Any, cold: Any, ids: Any, out: Any) -> None:
-        bad = self._runtime.to_device(np.full(1, _NONE))  # stays so: the ids have been checked
         rows = len(hot) if slot is None and hot is not None else len(self._rows)
-        gather_gpu.gather_rows(self._runtime, hot, slot, cold, rows, ids, out, self._row_bytes, self._counters, bad)
+        gather_gpu.gather_rows(
+            self._runtime, hot, slot, cold, rows, ids, out, self._row_bytes, self._counters, self._no_bad
+        )  # fmt: skip
 
     def _gather_staged(self, tier: HostTier, ids: Any, out: Any) -> None:
         """Gather hot rows on the device; let the CPU gather the others, copy them over and scatter them."""

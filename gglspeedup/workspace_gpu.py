@@ -10,8 +10,8 @@ import numpy as np
 
 from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.kernels import sample_gpu as gpu
+from gglspeedup.kernels.bounds import MAX_HOPS
 from gglspeedup.kernels.cuda import Runtime
-from gglspeedup.kernels.random import MAX_HOPS
 
 STATE_SIZE = gpu.FIRST_COUNT + 2 * (MAX_HOPS + 1)
 

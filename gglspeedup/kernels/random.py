@@ -22,11 +22,6 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-MAX_NODES = 1 << 40
-MAX_HOPS = 1 << 8
-MAX_BATCH = 1 << 48
-MAX_FANOUT = 1024
-
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 _SHIFT, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)

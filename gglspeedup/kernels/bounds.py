@@ -1,0 +1,7 @@
+"""What one Philox counter and the kernels have room for; importing this brings no Numba."""
+
+MAX_NODES = 1 << 40
+MAX_HOPS = 1 << 8
+MAX_BATCH = 1 << 48
+MAX_FANOUT = 1024
+MAX_DEGREE = (1 << 32) - 1
