@@ -118,7 +118,9 @@ def share_packages(python: Path) -> None:
     ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
     inside = subprocess.run([str(python), "-c", ask], check=True, capture_output=True, text=True).stdout.strip()
     outside = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    (Path(inside) / "bootstrap.pth").write_text("\n".join(outside) + "\n", encoding="utf-8")
+    # What looks for shared libraries (CuPy, for NVRTC) asks `site` for its folders, not sys.path.
+    prefix = f"import site; site.PREFIXES.append({sys.prefix!r})"
+    (Path(inside) / "bootstrap.pth").write_text("\n".join([*outside, prefix]) + "\n", encoding="utf-8")
 
 
 def pip_install(python: Path, *what: str) -> None:

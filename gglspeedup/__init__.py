@@ -8,6 +8,7 @@ from gglspeedup.errors import DeviceError, GGLSpeedupError
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
+from gglspeedup.loader import NodeLoader
 from gglspeedup.threads import set_num_threads
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceError",
     "GGLSpeedupError",
     "GPUSampler",
+    "NodeLoader",
     "SampledBatch",
     "set_num_threads",
 ]

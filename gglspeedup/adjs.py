@@ -48,32 +48,39 @@ class Adj(NamedTuple):
         e_id = None if self.e_id is None else self.e_id.to(*args, **kwargs)
         return Adj(self.edge_index.to(*args, **kwargs), e_id, self.size)
 
-    def _convert(self, framework: str) -> Adj:
-        to_framework = import_module(f"gglspeedup.adapters.{framework}").to_framework
+    def convert(self, backend: str) -> Adj:
+        """Return the adjacency with arrays of a backend by its name, sharing memory where both sides allow it.
+
+        Parameters
+        ----------
+        backend : str
+            One of ``gglspeedup.adapters.BACKENDS``.
+        """
+        to_framework = import_module("gglspeedup.adapters").backend(backend).to_framework
         return Adj(to_framework(self.edge_index), to_framework(self.e_id), self.size)
 
     def cp2torch(self) -> Adj:
         """Return the adjacency with torch tensors on the same device, sharing memory."""
-        return self._convert("torch")
+        return self.convert("torch")
 
     def cp2tf(self) -> Adj:
         """Return the adjacency with TensorFlow tensors on the same device, sharing memory."""
-        return self._convert("tensorflow")
+        return self.convert("tensorflow")
 
     def cp2pd(self) -> Adj:
         """Return the adjacency with Paddle tensors on the same device, sharing memory."""
-        return self._convert("paddle")
+        return self.convert("paddle")
 
     def cp2tlx(self) -> Adj:
         """Return the adjacency with tensors of TensorLayerX's active backend, sharing memory."""
-        return self._convert("tensorlayerx")
+        return self.convert("tensorlayerx")
 
     def cp2jax(self) -> Adj:
         """Return the adjacency with JAX arrays on the same device, sharing memory.
 
         JAX has 64-bit integers only with ``jax_enable_x64``; without it these are 32-bit copies.
         """
-        return self._convert("jax")
+        return self.convert("jax")
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,6 +136,35 @@ def duplicate(argument: str, position: int, value: int) -> ArgumentValueError:
     )
 
 
+def check_unique(ids: npt.NDArray[np.int64], bound: int, argument: str) -> npt.NDArray[np.bool_]:
+    """Return which of `bound` nodes are among the ids, bool [bound]; raise for the first id that stands twice."""
+    listed = np.zeros(bound, np.bool_)
+    listed[ids] = True
+    if int(listed.sum()) != len(ids):
+        first = np.unique(ids, return_index=True)[1]
+        position = int(np.setdiff1d(np.arange(len(ids)), first)[0])
+        raise duplicate(argument, position, int(ids[position]))
+    return listed
+
+
+def check_count(value: Any, argument: str, least: int, bound: int | None = None) -> int:
+    """Return an int that is at least `least` and below `bound`.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        It is no integer, or not in that range.
+    """
+    remedy = "pass a whole number in that range"
+    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
+        raise ArgumentTypeError(explain(argument, "an integer", repr(value), remedy))
+    number = int(value.__index__())
+    if number < least or (bound is not None and number >= bound):
+        needs = f"at least {least}" if bound is None else f"{least} to {bound - 1}"
+        raise ArgumentValueError(explain(argument, needs, number, remedy))
+    return number
+
+
 def check_sizes(sizes: Any, max_fanout: int, max_hops: int) -> tuple[int, ...]:
     """Return the fanouts of the hops as ints; every K <= 0 becomes -1, all neighbours.
 

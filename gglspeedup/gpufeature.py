@@ -67,9 +67,11 @@ class CGPUFeature:
         self.budget = parse_size(budget, "budget")
         graph: CSRGraph = as_graph(csr)
         self._num_nodes = graph.num_nodes
-        # The CPU has one tier, and no use for an order; the policy is checked all the same.
-        order = hot_order(graph, policy, sampler, seeds, batch_size)
-        self._order = order if self.device.is_cuda else None
+        self._order: npt.NDArray[np.int64] | None = None
+        if self.device.is_cuda or not (isinstance(policy, str) and policy == "degree"):
+            # The CPU has one tier, and no use for an order; a policy of the user's is checked all the same.
+            order = hot_order(graph, policy, sampler, seeds, batch_size)
+            self._order = order if self.device.is_cuda else None
         self._rows: Array | None = None
         self._tiers: Tiers | None = None
 
@@ -127,6 +129,16 @@ class CGPUFeature:
             They are not integers or not one-dimensional, or no features are loaded.
         """
         return self._loaded()[0].gather(n_id)
+
+    def take(self, n_id: Any) -> Any:
+        """Return the rows of ids that a sampler made, as indexing does, without looking at the ids.
+
+        Parameters
+        ----------
+        n_id : int64 array [n]
+            NumPy or, on a GPU, CuPy on this device; contiguous and in range, as the `n_id` of a sample is.
+        """
+        return self._loaded()[0].take(n_id)
 
     def _loaded(self) -> tuple[Tiers, Array]:
         if self._tiers is None or self._rows is None:

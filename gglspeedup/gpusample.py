@@ -7,7 +7,7 @@ import threading
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_sizes, device_ids, host_ids, on_cuda
+from gglspeedup.arguments import check_count, check_sizes, device_ids, host_ids, on_cuda
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
@@ -82,7 +82,7 @@ class GPUSampler:
             raise ArgumentValueError(explain("expand", f"one of {_EXPANSIONS}", repr(expand), 'leave it "layer"'))
         if not isinstance(replace, bool):
             raise ArgumentTypeError(explain("replace", "True or False", repr(replace), "pass a bool"))
-        self.seed = _whole_number(seed, "seed", 1 << 64)
+        self.seed = check_count(seed, "seed", 0, 1 << 64)
         self.replace = replace
         self.expand = expand
         self.placement = placement
@@ -119,7 +119,7 @@ class GPUSampler:
         """
         self._sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
 
-    def sample(self, seeds: Any, batch: int | None = None) -> SampledBatch:
+    def sample(self, seeds: Any, batch: int | None = None, *, sizes: Any = None) -> SampledBatch:
         """Return the sampled neighbourhood of some seeds.
 
         Parameters
@@ -128,6 +128,8 @@ class GPUSampler:
             Unique node ids, of any framework, on the host or on the sampler's device.
         batch : int, optional
             0 to 2**48 - 1. Default: a counter that advances at every call, so that successive batches differ.
+        sizes : sequence of int, optional
+            Fanouts of this call, as in :meth:`set_size`. Default: those set.
 
         Returns
         -------
@@ -142,15 +144,16 @@ class GPUSampler:
         ArgumentTypeError, ArgumentValueError
             Seeds are not integers, not one-dimensional or not unique, or no sizes are set.
         """
-        if self._sizes is None:
+        fanouts = self._sizes if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+        if fanouts is None:
             raise ArgumentValueError(
                 explain("sizes", "to be set before sampling", "none", "call set_size([25, 10]) or pass sizes")
             )
         ids = self._seeds(seeds)
-        number = self._take_batch() if batch is None else _whole_number(batch, "batch", MAX_BATCH)
+        number = self._take_batch() if batch is None else check_count(batch, "batch", 0, MAX_BATCH)
         try:
             n_id, hops = self._sampler.sample(
-                ids, self._sizes, seed=self.seed, batch=number, replace=self.replace, expand=self.expand
+                ids, fanouts, seed=self.seed, batch=number, replace=self.replace, expand=self.expand
             )
         except BaseException:
             if batch is None:
@@ -189,13 +192,3 @@ class GPUSampler:
         parse_device(self.device)  # the process that unpickles may lack the device
         self._lock = threading.Lock()
         self._sampler = self._make()
-
-
-def _whole_number(value: Any, argument: str, bound: int) -> int:
-    remedy = "pass a whole number in that range"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ArgumentTypeError(explain(argument, "an integer", repr(value), remedy))
-    number = int(value.__index__())
-    if not 0 <= number < bound:
-        raise ArgumentValueError(explain(argument, f"0 to {bound - 1}", number, remedy))
-    return number

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_range, duplicate, host_ids
+from gglspeedup.arguments import check_range, check_unique, host_ids
 from gglspeedup.device import Device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
@@ -100,10 +100,5 @@ def hot_order(graph: CSRGraph, policy: Any, sampler: Any, seeds: Any, batch_size
         )
     order = host_ids(policy, "policy")
     check_range(order, graph.num_nodes, "policy")
-    listed = np.zeros(graph.num_nodes, bool)
-    listed[order] = True
-    if int(listed.sum()) != len(order):
-        first = np.sort(np.unique(order, return_index=True)[1])
-        position = int(np.setdiff1d(np.arange(len(order)), first)[0])
-        raise duplicate("policy", position, int(order[position]))
+    listed = check_unique(order, graph.num_nodes, "policy")
     return np.concatenate([order, np.flatnonzero(~listed)])

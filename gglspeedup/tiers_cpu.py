@@ -21,6 +21,9 @@ class Tiers(Protocol):
     def gather(self, n_id: Any) -> Any:
         """Check the ids and return their rows, on the device that this serves."""
 
+    def take(self, ids: Any) -> Any:
+        """Return the rows of contiguous int64 ids on that device, which are known to be in range."""
+
     def rows_served(self) -> dict[str, int]:
         """Return the number of rows that each tier has served, fastest tier first."""
 
@@ -47,6 +50,10 @@ class HostTier:
         """Return the rows, in a 64-byte aligned buffer that is used again once all that shares it is gone."""
         ids = host_ids(n_id, "n_id")
         check_range(ids, len(self._rows), "n_id")
+        return self.take(ids)
+
+    def take(self, ids: npt.NDArray[np.int64]) -> Array:
+        """Return the rows of ids that are known to be in range, in a buffer as that of :meth:`gather`."""
         out = self._pool.empty((len(ids), *self._rows.shape[1:]), self._rows.dtype)
         self.gather_into(ids, out)
         return out

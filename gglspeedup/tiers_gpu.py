@@ -94,6 +94,12 @@ class CudaTiers:
         ids = device_ids(n_id, "n_id", runtime)
         with runtime.activate():
             self._check(ids)
+        return self.take(ids)
+
+    def take(self, ids: Any) -> Any:
+        """Return the rows of contiguous int64 ids on the device that are known to be in range; the host waits not."""
+        runtime = self._runtime
+        with runtime.activate():
             out = runtime.empty((len(ids), *self._rows.shape[1:]), self._rows.dtype)
             if len(ids) == 0 or self._row_bytes == 0:
                 return out

@@ -1,0 +1,334 @@
+"""`NodeLoader`: batches of seeds with their neighbourhoods, features and labels, in the user's framework."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.adjs import Adj, SampledBatch
+from gglspeedup.arguments import check_count, check_range, check_sizes, check_unique, host_array, host_ids
+from gglspeedup.device import Device, DeviceLike, parse_device
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, explain
+from gglspeedup.gpufeature import CGPUFeature
+from gglspeedup.gpusample import GPUSampler
+from gglspeedup.graph import GraphLike, as_graph
+from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
+from gglspeedup.prefetch import Prefetched
+from gglspeedup.side_stream import SideStream
+
+_MAX_SEED = 1 << 64
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What a model trains on in one step, as arrays of the loader's backend.
+
+    Attributes
+    ----------
+    x : array [N0, F] or [N0], or None
+        Features of the nodes `n_id`, in their own dtype.
+    y : array [B] or [B, C], or None
+        Labels of the seeds.
+    n_id : int64 array [N0]
+        The seeds in their order, then every other node once, hop by hop, by first occurrence.
+    adjs : list of Adj
+        Outermost hop first; the targets of each are the first of its sources.
+    batch_size : int
+        The number of seeds.
+    batch : int
+        The batch number that the draws were made with.
+    """
+
+    x: Any
+    y: Any
+    n_id: Any
+    adjs: list[Adj]
+    batch_size: int
+    batch: int
+
+    @property
+    def seeds(self) -> Any:
+        """The seeds, int64 [B]."""
+        return self.n_id[: self.batch_size]
+
+
+class _Loaded(NamedTuple):
+    """A batch as arrays of the device, and the mark on the stream that fills them."""
+
+    sampled: SampledBatch
+    x: Any
+    y: Any
+    filled: Any
+
+
+class NodeLoader:
+    """An iterable over batches of seeds, with their sampled neighbourhoods, features and labels.
+
+    Sampling and gathering run in a background thread, up to `prefetch` batches ahead of the training loop. The batches
+    are a pure function of (graph, seeds, sizes, batch_size, seed, epoch): they depend neither on `prefetch`, nor on
+    the device, nor on the number of threads.
+
+    Parameters
+    ----------
+    csr : CSRGraph, scipy.sparse matrix, (indptr, indices) or GPUSampler
+        The graph; a sampler brings its own device, seed and ways of drawing, and is shared, not copied.
+    x : array or tensor [num_nodes, F] or [num_nodes], or CGPUFeature, optional
+        Features. A CGPUFeature is shared, not copied.
+    y : array or tensor [num_nodes] or [num_nodes, C], or CGPUFeature, optional
+        Labels; each batch has those of its seeds.
+    seeds : int array-like or tensor [n], or bool [num_nodes]
+        The nodes to make batches of: unique ids or a mask.
+    sizes : sequence of int
+        Fanouts, nearest the seeds first; K <= 0 takes every neighbour.
+    batch_size : int
+        Seeds a batch.
+    shuffle : bool
+        Whether each epoch visits the seeds in an order of its own, which depends on `seed` and the epoch alone.
+    drop_last : bool
+        Whether to leave out a last batch that is shorter than the others.
+    device : str or int
+        Where batches are made: ``"cpu"``, a CUDA ordinal, ``"cuda:1"``, or ``"auto"``: a GPU if there is one that the
+        backend's installation can use as well.
+    cache : int, float or str
+        GPU memory for hot features, as CGPUFeature's budget.
+    backend : str
+        ``"numpy"``, ``"cupy"``, ``"torch"``, ``"tensorflow"``, ``"paddle"``, ``"tensorlayerx"`` or ``"jax"``.
+    seed : int
+        0 to 2**64 - 1; of the order and the draws.
+    prefetch : int
+        Batches made ahead; 0 makes each when it is asked for.
+    replace, expand, placement
+        As GPUSampler's.
+    policy
+        As CGPUFeature's.
+    rank, world_size : int
+        Which share of the seeds this process takes when several train together. Every rank gets the same number of
+        batches; for that, up to ``world_size - 1`` seeds an epoch are visited twice.
+
+    Raises
+    ------
+    DeviceError
+        The CUDA device is not there, or the backend cannot use it.
+    MissingPackageError
+        The backend is not installed.
+    ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+        An argument cannot be used; the message names it.
+
+    Notes
+    -----
+    Every ``iter(loader)`` takes the next epoch, from 0; :meth:`set_epoch` says which comes next. Loaders may be
+    pickled into spawned processes, and several iterators of one may be open at once.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gglspeedup import CSRGraph, NodeLoader
+    >>> graph = CSRGraph([0, 2, 3, 4], [1, 2, 0, 0])
+    >>> x, y = np.eye(3, dtype=np.float32), np.array([0, 1, 1])
+    >>> loader = NodeLoader(graph, x, y, seeds=[0, 2], sizes=[2], batch_size=1, shuffle=False, device="cpu")
+    >>> [(batch.n_id.tolist(), batch.x.shape, batch.y.tolist()) for batch in loader]
+    [([0, 1, 2], (3, 3), [0]), ([2, 0], (2, 3), [1])]
+    >>> len(loader), len(loader.dataset)
+    (2, 2)
+    """
+
+    def __init__(
+        self, csr: GraphLike | GPUSampler, x: Any = None, y: Any = None, *, seeds: Any, sizes: Any, batch_size: int,
+        shuffle: bool = True, drop_last: bool = False, device: DeviceLike = "auto", cache: int | float | str = "0",
+        backend: str = "numpy", seed: int = 0, prefetch: int = 2, replace: bool = False, expand: str = "layer",
+        placement: str = "auto", policy: Any = "degree", rank: int = 0, world_size: int = 1,
+    ) -> None:  # fmt: skip
+        self.sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+        self.batch_size = check_count(batch_size, "batch_size", 1)
+        self.shuffle = _flag(shuffle, "shuffle")
+        self.drop_last = _flag(drop_last, "drop_last")
+        self.prefetch = check_count(prefetch, "prefetch", 0)
+        self.seed = check_count(seed, "seed", 0, _MAX_SEED)
+        self.world_size = check_count(world_size, "world_size", 1)
+        self.rank = check_count(rank, "rank", 0, self.world_size)
+        self.backend = backend
+        self.device = _device_for(backend, csr.device if isinstance(csr, GPUSampler) else device)
+        graph = csr.graph if isinstance(csr, GPUSampler) else as_graph(csr)
+        self._seeds = _seed_ids(seeds, graph.num_nodes)
+        self.sampler = csr if isinstance(csr, GPUSampler) else GPUSampler(
+            self.device, graph, seed=self.seed, replace=replace, expand=expand, placement=placement
+        )  # fmt: skip
+        self.features = x if isinstance(x, CGPUFeature) or x is None else _store(graph, self.device, cache, policy, x)
+        # Labels are read once an epoch each: a GPU reads them in host memory.
+        self.labels = y if isinstance(y, CGPUFeature) or y is None else _store(graph, self.device, 0, "degree", y)
+        for argument, store in (("x", self.features), ("y", self.labels)):
+            _check_store(argument, store, self.device, graph.num_nodes)
+        self._epoch = 0
+
+    @property
+    def dataset(self) -> npt.NDArray[np.int64]:
+        """The seeds, int64 [n], in the order given."""
+        return self._seeds
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next ``iter`` takes."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next ``iter`` takes; the one after that takes the next.
+
+        Parameters
+        ----------
+        epoch : int
+            From 0.
+        """
+        self._epoch = check_count(epoch, "epoch", 0)
+
+    def evaluation(self, seeds: Any, *, sizes: Any = None, batch_size: int | None = None) -> NodeLoader:
+        """Return a loader over other seeds, in their order, that shares graph, features and labels with this one.
+
+        Parameters
+        ----------
+        seeds : int array-like or tensor [n], or bool [num_nodes]
+            The nodes to evaluate: unique ids or a mask.
+        sizes : sequence of int, optional
+            Fanouts; by default every neighbour, in as many hops as training takes.
+        batch_size : int, optional
+            Seeds a batch; that of training by default.
+
+        Examples
+        --------
+        >>> from gglspeedup import CSRGraph, NodeLoader
+        >>> graph = CSRGraph([0, 2, 3, 4], [1, 2, 0, 0])
+        >>> loader = NodeLoader(graph, seeds=[0, 2], sizes=[1], batch_size=1, device="cpu")
+        >>> [batch.n_id.tolist() for batch in loader.evaluation([0])]
+        [[0, 1, 2]]
+        """
+        other = copy.copy(self)
+        other._seeds = _seed_ids(seeds, self.sampler.graph.num_nodes)
+        other.sizes = check_sizes([-1] * len(self.sizes) if sizes is None else sizes, MAX_FANOUT, MAX_HOPS)
+        other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
+        other.shuffle = other.drop_last = False
+        other._epoch = 0
+        return other
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        share = -(-len(self._seeds) // self.world_size)
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        side = SideStream(self.device.index) if self.device.index is not None else None
+        made = self._load_all(epoch, side)
+        return self._convert_all(Prefetched(made, self.prefetch) if self.prefetch else made, side)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the seeds of this rank, int64, in the order in which an epoch visits them."""
+        ids, count = self._seeds, len(self._seeds)
+        if self.shuffle:
+            # Raw Philox words: NumPy promises them to stay the same in every version, unlike its permutations.
+            words = np.random.Philox(key=self.seed, counter=epoch).random_raw(count)
+            ids = ids[np.argsort(words, kind="stable")]
+        if self.world_size == 1 or count == 0:
+            return ids
+        return ids[(self.rank + np.arange(-(-count // self.world_size)) * self.world_size) % count]
+
+    def _load_all(self, epoch: int, side: SideStream | None) -> Iterator[_Loaded]:
+        ids = self.order(epoch)
+        for index in range(len(self)):
+            seeds = ids[index * self.batch_size : (index + 1) * self.batch_size]
+            number = ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
+            if side is None:
+                yield self._load(seeds, number)
+                continue
+            with side.filling():
+                loaded = self._load(seeds, number)._replace(filled=side.record())
+            yield loaded
+            del loaded  # a thread that waits for room holds no memory of the device
+
+    def _load(self, seeds: npt.NDArray[np.int64], number: int) -> _Loaded:
+        sampled = self.sampler.sample(seeds, number, sizes=self.sizes)
+        x = None if self.features is None else self.features.take(sampled.n_id)
+        y = None if self.labels is None else self.labels.take(sampled.seeds)
+        return _Loaded(sampled, x, y, None)
+
+    def _convert_all(self, made: Iterator[_Loaded], side: SideStream | None) -> Iterator[Batch]:
+        adapter = import_module("gglspeedup.adapters").backend(self.backend)
+        try:
+            for sampled, x, y, filled in made:
+                # Here, in the reader's thread: a framework hands over to the stream that is current in a thread.
+                if side is not None:
+                    side.hand_over(filled, adapter.current_stream())
+                batch = Batch(
+                    None if x is None else adapter.to_framework(x),
+                    None if y is None else adapter.to_framework(y),
+                    adapter.to_framework(sampled.n_id),
+                    [adj.convert(self.backend) for adj in sampled.adjs],
+                    sampled.batch_size,
+                    sampled.batch,
+                )
+                del sampled, x, y
+                yield batch
+                del batch
+        finally:
+            if isinstance(made, Prefetched):
+                made.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"NodeLoader({len(self._seeds)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
+            f"{len(self)} batches, device={str(self.device)!r}, backend={self.backend!r})"
+        )
+
+
+def _flag(value: Any, argument: str) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentTypeError(explain(argument, "True or False", repr(value), "pass a bool"))
+    return bool(value)
+
+
+def _device_for(backend: str, device: DeviceLike) -> Device:
+    """Return the device to make batches on: one that the backend can read."""
+    adapter = import_module("gglspeedup.adapters").backend(backend)
+    found = parse_device(device)
+    if found.index is None and backend == "cupy":
+        raise DeviceError(explain("device", "a CUDA device for CuPy", f"{found}", 'take backend="numpy" on the CPU'))
+    if found.index is None or adapter.sees_cuda(found.index):
+        return found
+    if device == "auto":
+        return Device(None)
+    needs = f"a device that the installed {backend} can use"
+    raise DeviceError(explain("device", needs, f"{found}", f'install {backend} for CUDA, or pass device="cpu"'))
+
+
+def _seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:
+    given = host_array(seeds, "seeds")
+    if given.dtype == np.bool_:
+        if given.shape != (num_nodes,):
+            needs = f"a mask of shape ({num_nodes},)"
+            raise ArgumentValueError(explain("seeds", needs, f"shape {given.shape}", "pass a value a node, or ids"))
+        return np.flatnonzero(given).astype(np.int64)
+    ids = np.array(host_ids(seeds, "seeds"))  # a copy: what the user does to the array later must not matter
+    check_range(ids, num_nodes, "seeds")
+    check_unique(ids, num_nodes, "seeds")
+    return ids
+
+
+def _store(graph: Any, device: Device, cache: int | float | str, policy: Any, rows: Any) -> CGPUFeature:
+    store = CGPUFeature(graph, device, cache, policy=policy)
+    store.from_cpu_tensor(rows)
+    return store
+
+
+def _check_store(argument: str, store: CGPUFeature | None, device: Device, num_nodes: int) -> None:
+    if store is None:
+        return
+    if store.device != device:
+        remedy = "make features and loader for the same device"
+        raise ArgumentValueError(explain(argument, f"features on {device}", f"features on {store.device}", remedy))
+    if len(store) != num_nodes:
+        remedy = "check that they belong to the graph"
+        raise ArgumentValueError(explain(argument, f"{num_nodes} rows", f"{len(store)}", remedy))

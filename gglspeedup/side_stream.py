@@ -1,0 +1,96 @@
+"""A CUDA stream of a background thread, whose arrays stay valid for the reader's stream."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+
+class SideStream:
+    """A non-blocking stream that fills arrays which another stream reads, on one device.
+
+    CuPy's pool gives freed memory to the next allocation of the stream that it was allocated on. Here the reader works
+    on another stream, and frees an array while its own kernels on it may still be queued. Memory therefore goes back
+    to the pool only once the reader's stream has passed the point at which the array was let go of.
+
+    Parameters
+    ----------
+    index : int
+        The CUDA ordinal.
+    """
+
+    def __init__(self, index: int) -> None:
+        import cupy
+
+        self._cupy: Any = cupy
+        self.index = index
+        with cupy.cuda.Device(index):
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._reader: Any = None
+        # Arrays are let go of whenever the garbage collector says so, by any thread: appending needs no lock.
+        self._let_go: collections.deque[tuple[Any, Any]] = collections.deque()
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """Make the stream current in this thread, with memory that respects the reader."""
+        cuda = self._cupy.cuda
+        with cuda.Device(self.index), self._stream, cuda.using_allocator(self._allocate):
+            self._free()
+            yield
+
+    def record(self) -> Any:
+        """Mark this point of the stream."""
+        return self._stream.record(self._cupy.cuda.Event(disable_timing=True))
+
+    def hand_over(self, event: Any, reader: int | None) -> None:
+        """Let the calling thread's current CuPy stream wait for a mark.
+
+        Parameters
+        ----------
+        event : cupy.cuda.Event
+            Of :meth:`record`.
+        reader : int, optional
+            The stream on which the arrays will be read, as a pointer; None if the framework does not say.
+        """
+        cuda = self._cupy.cuda
+        with cuda.Device(self.index):
+            cuda.get_current_stream().wait_event(event)
+            self._reader = None if reader is None else cuda.ExternalStream(reader, self.index)
+
+    def _allocate(self, size: int) -> Any:
+        cuda = self._cupy.cuda
+        memory = self._cupy.get_default_memory_pool().malloc(size)
+        owned = cuda.UnownedMemory(memory.ptr, size, _Lease(self, memory), self.index)
+        return cuda.MemoryPointer(owned, 0)
+
+    def let_go(self, memory: Any) -> None:
+        """Take memory that no array uses any more, but that kernels of the reader may."""
+        event = None
+        if self._reader is not None:
+            with self._cupy.cuda.Device(self.index):
+                event = self._reader.record(self._cupy.cuda.Event(disable_timing=True))
+        self._let_go.append((memory, event))
+
+    def _free(self) -> None:
+        """Give back to the pool what the reader's stream has passed."""
+        waiting = [self._let_go.popleft() for _ in range(len(self._let_go))]
+        if any(event is None for _, event in waiting):
+            # Of a framework that does not name its stream nothing less than this is known to be enough.
+            self._cupy.cuda.runtime.deviceSynchronize()
+            return
+        self._let_go.extend(entry for entry in waiting if not entry[1].done)
+
+
+class _Lease:
+    """The owner of an array's memory: when the last array on it dies, the memory is let go of."""
+
+    def __init__(self, side: SideStream, memory: Any) -> None:
+        self._side = side
+        self._memory = memory
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # then CuPy may be gone, and the memory goes with the process
+            self._side.let_go(self._memory)
