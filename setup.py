@@ -11,7 +11,15 @@ version = next(
     if line.startswith("__version__")
 )
 
+cuda = ["cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20"]
 torch = ["torch>=2.1"]
+tensorflow = ["tensorflow-cpu>=2.16"]
+paddle = ["paddlepaddle>=3.0"]
+jax = ["jax>=0.4.30", "optax"]
+tensorlayerx = ["tensorlayerx>=0.5.8", "gammagl>=0.4.0", *tensorflow]  # TensorFlow is its default backend
+pyg = [*torch, "torch-geometric>=2.5"]
+lightning = [*pyg, "lightning>=2.2"]
+demo = ["tqdm", "matplotlib", "scikit-learn", "scipy"]
 setup(
     name="gglspeedup",
     version=version,
@@ -30,17 +38,18 @@ setup(
         'tbb>=2021.6; platform_machine == "x86_64" or platform_machine == "AMD64"',
     ],
     extras_require={
-        "cuda": ["cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20"],
+        "cuda": cuda,
         "torch": torch,
-        "tensorflow": ["tensorflow-cpu>=2.16"],
-        "paddle": ["paddlepaddle>=3.0"],
-        "tensorlayerx": ["tensorlayerx>=0.5.8", "gammagl>=0.4.0"],
-        "jax": ["jax>=0.4.30"],
-        "demo": [*torch, "torch-geometric>=2.5", "tqdm", "matplotlib", "scikit-learn", "scipy"],
+        "tensorflow": tensorflow,
+        "paddle": paddle,
+        "tensorlayerx": tensorlayerx,
+        "jax": jax,
+        "pyg": pyg,
+        "lightning": lightning,
+        "demo": demo,
         "test": [
-            *torch, "scipy", "pytest>=8", "hypothesis", "mypy", "ruff", "psutil", "scikit-learn", "matplotlib", "tqdm",
-            "torch-geometric>=2.5", "cupy-cuda13x>=14", "numba-cuda[cu13]>=0.20", "tensorflow-cpu>=2.16",
-            "paddlepaddle>=3.0", "jax>=0.4.30", "tensorlayerx>=0.5.8",
+            *cuda, *lightning, *paddle, *tensorlayerx, *jax, *demo,
+            "pytest>=8", "hypothesis", "mypy", "ruff", "psutil",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

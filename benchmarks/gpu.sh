@@ -49,6 +49,8 @@ status=0
     echo "## End to end"
     echo
     echo '```'
+    timeout 60 "$python" -m benchmarks.overlap --device cuda:0 --graph rmat-20-30000000 --hidden 128 --batches 50 \
+        --threads 8 --json "$stem-overlap.json" 2>&1 || status=1
     timeout 60 "$python" demo/sage_torch.py --dataset digits --device cuda:0 --out "$site/out" 2>&1 | tail -12
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
@@ -56,7 +58,7 @@ status=0
 "$python" - "$stem" <<'PY'
 import json, pathlib, sys
 stem = sys.argv[1]
-parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather")]
+parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather", "overlap")]
 merged = {}
 for part in parts:
     if part.exists():

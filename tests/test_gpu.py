@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import random_graph
 
-from gglspeedup import CGPUFeature, CSRGraph, GGLSpeedupError, GPUSampler
+from gglspeedup import CGPUFeature, CSRGraph, GGLSpeedupError, GPUSampler, NodeLoader
 from gglspeedup.device import cuda_problem
 from gglspeedup.hot_order import hot_order
 
@@ -190,3 +190,46 @@ def test_memory_does_not_grow(graph):
 
     before = run(300)
     assert run(3000) - before < 64 << 20
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cupy", "torch"])
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_loader_equals_cpu(graph, backend, prefetch):
+    if backend == "torch":
+        pytest.importorskip("torch", reason="torch is not installed on this GPU machine")
+    rng = np.random.default_rng(7)
+    x, y = rng.random((graph.num_nodes, 33), dtype=np.float32), rng.integers(0, 9, graph.num_nodes)
+    options = {"seeds": rng.permutation(graph.num_nodes)[:5000], "sizes": [10, 5], "batch_size": 300, "seed": 8}
+    cpu = NodeLoader(graph, x, y, device="cpu", **options)
+    gpu = NodeLoader(graph, x, y, device=0, cache="1M", backend=backend, prefetch=prefetch, **options)
+
+    def host(array):
+        return array.get() if hasattr(array, "get") else array.cpu().numpy() if hasattr(array, "cpu") else array
+
+    for _ in range(2):
+        for ours, expected in zip(gpu, cpu, strict=True):
+            for name in ("x", "y", "n_id"):
+                np.testing.assert_array_equal(host(getattr(ours, name)), getattr(expected, name))
+            for adj, other in zip(ours.adjs, expected.adjs, strict=True):
+                np.testing.assert_array_equal(host(adj.edge_index), other.edge_index)
+                np.testing.assert_array_equal(host(adj.e_id), other.e_id)
+
+
+def test_a_slow_reader_never_sees_a_later_batch(graph):
+    """Kernels of the reader are still queued when it lets go of a batch: its memory must not be filled anew."""
+    torch = pytest.importorskip("torch", reason="torch is not installed on this GPU machine")
+    x = np.random.default_rng(9).integers(0, 1000, (graph.num_nodes, 64)).astype(np.float32)
+    loader = NodeLoader(
+        graph, x, seeds=np.arange(20_000), sizes=[10, 5], batch_size=500, device=0, cache="1G", backend="torch",
+        prefetch=4,
+    )  # fmt: skip
+    busy = torch.randn(3000, 3000, device="cuda")
+    sums = []
+    for batch in loader:
+        for _ in range(10):
+            busy = busy @ busy / 3000  # queued before the sum, it keeps the stream behind the host
+        sums.append(batch.x.sum(dtype=torch.float64))
+    expected = [x[batch.n_id].sum(dtype=np.float64) for batch in NodeLoader(
+        graph, seeds=np.arange(20_000), sizes=[10, 5], batch_size=500, device="cpu"
+    )]  # fmt: skip
+    assert [float(value) for value in sums] == expected
