@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,16 +12,13 @@ import numpy.typing as npt
 
 from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_range, check_sizes, check_unique, host_array, host_ids
-from gglspeedup.device import Device, DeviceLike, parse_device
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, explain
+from gglspeedup.device import Device, DeviceLike
+from gglspeedup.epochs import EpochLoader, device_for
+from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
-from gglspeedup.graph import GraphLike, as_graph
-from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
-from gglspeedup.prefetch import Prefetched
-from gglspeedup.side_stream import SideStream
-
-_MAX_SEED = 1 << 64
+from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.kernels.bounds import MAX_FANOUT, MAX_HOPS
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +55,14 @@ class Batch:
 
 
 class _Loaded(NamedTuple):
-    """A batch as arrays of the device, and the mark on the stream that fills them."""
+    """A batch as arrays of the device."""
 
     sampled: SampledBatch
     x: Any
     y: Any
-    filled: Any
 
 
-class NodeLoader:
+class NodeLoader(EpochLoader[Batch]):
     """An iterable over batches of seeds, with their sampled neighbourhoods, features and labels.
 
     Sampling and gathering run in a background thread, up to `prefetch` batches ahead of the training loop. The batches
@@ -145,46 +140,18 @@ class NodeLoader:
         placement: str = "auto", policy: Any = "degree", rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         self.sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
-        self.batch_size = check_count(batch_size, "batch_size", 1)
-        self.shuffle = _flag(shuffle, "shuffle")
-        self.drop_last = _flag(drop_last, "drop_last")
-        self.prefetch = check_count(prefetch, "prefetch", 0)
-        self.seed = check_count(seed, "seed", 0, _MAX_SEED)
-        self.world_size = check_count(world_size, "world_size", 1)
-        self.rank = check_count(rank, "rank", 0, self.world_size)
-        self.backend = backend
-        self.device = _device_for(backend, csr.device if isinstance(csr, GPUSampler) else device)
         graph = csr.graph if isinstance(csr, GPUSampler) else as_graph(csr)
-        self._seeds = _seed_ids(seeds, graph.num_nodes)
+        super().__init__(
+            seed_ids(seeds, graph.num_nodes), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last,
+            backend=backend, seed=seed, prefetch=prefetch, rank=rank, world_size=world_size,
+        )  # fmt: skip
+        self.device = device_for(backend, csr.device if isinstance(csr, GPUSampler) else device)
         self.sampler = csr if isinstance(csr, GPUSampler) else GPUSampler(
             self.device, graph, seed=self.seed, replace=replace, expand=expand, placement=placement
         )  # fmt: skip
-        self.features = x if isinstance(x, CGPUFeature) or x is None else _store(graph, self.device, cache, policy, x)
+        self.features = rows_of(graph, self.device, x, "x", cache, policy)
         # Labels are read once an epoch each: a GPU reads them in host memory.
-        self.labels = y if isinstance(y, CGPUFeature) or y is None else _store(graph, self.device, 0, "degree", y)
-        for argument, store in (("x", self.features), ("y", self.labels)):
-            _check_store(argument, store, self.device, graph.num_nodes)
-        self._epoch = 0
-
-    @property
-    def dataset(self) -> npt.NDArray[np.int64]:
-        """The seeds, int64 [n], in the order given."""
-        return self._seeds
-
-    @property
-    def epoch(self) -> int:
-        """The epoch that the next ``iter`` takes."""
-        return self._epoch
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next ``iter`` takes; the one after that takes the next.
-
-        Parameters
-        ----------
-        epoch : int
-            From 0.
-        """
-        self._epoch = check_count(epoch, "epoch", 0)
+        self.labels = rows_of(graph, self.device, y, "y", 0, "degree")
 
     def evaluation(self, seeds: Any, *, sizes: Any = None, batch_size: int | None = None) -> NodeLoader:
         """Return a loader over other seeds, in their order, that shares graph, features and labels with this one.
@@ -207,104 +174,39 @@ class NodeLoader:
         [[0, 1, 2]]
         """
         other = copy.copy(self)
-        other._seeds = _seed_ids(seeds, self.sampler.graph.num_nodes)
+        other._items = seed_ids(seeds, self.sampler.graph.num_nodes)
         other.sizes = check_sizes([-1] * len(self.sizes) if sizes is None else sizes, MAX_FANOUT, MAX_HOPS)
         other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
         other.shuffle = other.drop_last = False
         other._epoch = 0
         return other
 
-    def __len__(self) -> int:
-        """Return the number of batches of an epoch."""
-        share = -(-len(self._seeds) // self.world_size)
-        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        side = SideStream(self.device.index) if self.device.index is not None else None
-        made = self._load_all(epoch, side)
-        return self._convert_all(Prefetched(made, self.prefetch) if self.prefetch else made, side)
-
-    def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the seeds of this rank, int64, in the order in which an epoch visits them."""
-        ids, count = self._seeds, len(self._seeds)
-        if self.shuffle:
-            # Raw Philox words: NumPy promises them to stay the same in every version, unlike its permutations.
-            words = np.random.Philox(key=self.seed, counter=epoch).random_raw(count)
-            ids = ids[np.argsort(words, kind="stable")]
-        if self.world_size == 1 or count == 0:
-            return ids
-        return ids[(self.rank + np.arange(-(-count // self.world_size)) * self.world_size) % count]
-
-    def _load_all(self, epoch: int, side: SideStream | None) -> Iterator[_Loaded]:
-        ids = self.order(epoch)
-        for index in range(len(self)):
-            seeds = ids[index * self.batch_size : (index + 1) * self.batch_size]
-            number = ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
-            if side is None:
-                yield self._load(seeds, number)
-                continue
-            with side.filling():
-                loaded = self._load(seeds, number)._replace(filled=side.record())
-            yield loaded
-            del loaded  # a thread that waits for room holds no memory of the device
-
-    def _load(self, seeds: npt.NDArray[np.int64], number: int) -> _Loaded:
-        sampled = self.sampler.sample(seeds, number, sizes=self.sizes)
+    def _load(self, items: npt.NDArray[np.int64], number: int) -> _Loaded:
+        sampled = self.sampler.sample(items, number, sizes=self.sizes)
         x = None if self.features is None else self.features.take(sampled.n_id)
         y = None if self.labels is None else self.labels.take(sampled.seeds)
-        return _Loaded(sampled, x, y, None)
+        return _Loaded(sampled, x, y)
 
-    def _convert_all(self, made: Iterator[_Loaded], side: SideStream | None) -> Iterator[Batch]:
-        adapter = import_module("gglspeedup.adapters").backend(self.backend)
-        try:
-            for sampled, x, y, filled in made:
-                # Here, in the reader's thread: a framework hands over to the stream that is current in a thread.
-                if side is not None:
-                    side.hand_over(filled, adapter.current_stream())
-                batch = Batch(
-                    None if x is None else adapter.to_framework(x),
-                    None if y is None else adapter.to_framework(y),
-                    adapter.to_framework(sampled.n_id),
-                    [adj.convert(self.backend) for adj in sampled.adjs],
-                    sampled.batch_size,
-                    sampled.batch,
-                )
-                del sampled, x, y
-                yield batch
-                del batch
-        finally:
-            if isinstance(made, Prefetched):
-                made.close()
+    def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
+        sampled, x, y = loaded
+        return Batch(
+            None if x is None else adapter.to_framework(x),
+            None if y is None else adapter.to_framework(y),
+            adapter.to_framework(sampled.n_id),
+            [adj.convert(self.backend) for adj in sampled.adjs],
+            sampled.batch_size,
+            sampled.batch,
+        )
 
     def __repr__(self) -> str:
         return (
-            f"NodeLoader({len(self._seeds)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
+            f"NodeLoader({len(self._items)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
             f"{len(self)} batches, device={str(self.device)!r}, backend={self.backend!r})"
         )
 
 
-def _flag(value: Any, argument: str) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ArgumentTypeError(explain(argument, "True or False", repr(value), "pass a bool"))
-    return bool(value)
-
-
-def _device_for(backend: str, device: DeviceLike) -> Device:
-    """Return the device to make batches on: one that the backend can read."""
-    adapter = import_module("gglspeedup.adapters").backend(backend)
-    found = parse_device(device)
-    if found.index is None and backend == "cupy":
-        raise DeviceError(explain("device", "a CUDA device for CuPy", f"{found}", 'take backend="numpy" on the CPU'))
-    if found.index is None or adapter.sees_cuda(found.index):
-        return found
-    if device == "auto":
-        return Device(None)
-    needs = f"a device that the installed {backend} can use"
-    raise DeviceError(explain("device", needs, f"{found}", f'install {backend} for CUDA, or pass device="cpu"'))
-
-
-def _seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:
+def seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:
+    """Return node ids, int64, of unique ids or a mask; raise if they are neither."""
     given = host_array(seeds, "seeds")
     if given.dtype == np.bool_:
         if given.shape != (num_nodes,):
@@ -317,18 +219,26 @@ def _seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:
     return ids
 
 
-def _store(graph: Any, device: Device, cache: int | float | str, policy: Any, rows: Any) -> CGPUFeature:
-    store = CGPUFeature(graph, device, cache, policy=policy)
-    store.from_cpu_tensor(rows)
-    return store
+def rows_of(
+    graph: CSRGraph, device: Device, rows: Any, argument: str, cache: int | float | str, policy: Any
+) -> CGPUFeature | None:
+    """Return a matrix as features on a device; features are checked and returned as they are.
 
-
-def _check_store(argument: str, store: CGPUFeature | None, device: Device, num_nodes: int) -> None:
-    if store is None:
-        return
-    if store.device != device:
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        They do not belong to the graph, or are on another device.
+    """
+    if rows is None:
+        return None
+    if not isinstance(rows, CGPUFeature):
+        store = CGPUFeature(graph, device, cache, policy=policy)
+        store.from_cpu_tensor(rows)
+        return store
+    if rows.device != device:
         remedy = "make features and loader for the same device"
-        raise ArgumentValueError(explain(argument, f"features on {device}", f"features on {store.device}", remedy))
-    if len(store) != num_nodes:
+        raise ArgumentValueError(explain(argument, f"features on {device}", f"features on {rows.device}", remedy))
+    if len(rows) != graph.num_nodes:
         remedy = "check that they belong to the graph"
-        raise ArgumentValueError(explain(argument, f"{num_nodes} rows", f"{len(store)}", remedy))
+        raise ArgumentValueError(explain(argument, f"{graph.num_nodes} rows", f"{len(rows)}", remedy))
+    return rows

@@ -1,0 +1,164 @@
+"""What loaders have in common: epochs of batches in a reproducible order, made ahead, handed to a framework."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.arguments import check_count, check_flag
+from gglspeedup.device import Device, DeviceLike, parse_device
+from gglspeedup.errors import DeviceError, explain
+from gglspeedup.kernels.bounds import MAX_BATCH
+from gglspeedup.prefetch import Prefetched
+from gglspeedup.side_stream import SideStream
+
+Made = TypeVar("Made")
+
+_MAX_SEED = 1 << 64
+
+
+class EpochLoader(ABC, Generic[Made]):
+    """An iterable over the batches of an epoch; every ``iter`` takes the next one.
+
+    A subclass sets `device`, and says how items make a batch of device arrays (:meth:`_load`) and that one a batch of
+    the framework's (:meth:`_convert`). The first is done in a background thread and on a stream of its own, the second
+    in the reader's thread.
+
+    Parameters
+    ----------
+    items : int64 array [n]
+        What epochs go over: node ids, or parts.
+    batch_size : int
+        Items a batch.
+    shuffle, drop_last, backend, seed, prefetch, rank, world_size
+        As NodeLoader's.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        An argument cannot be used; the message names it.
+    """
+
+    device: Device
+
+    def __init__(
+        self, items: npt.NDArray[np.int64], *, batch_size: int, shuffle: bool, drop_last: bool, backend: str, seed: int,
+        prefetch: int, rank: int, world_size: int,
+    ) -> None:  # fmt: skip
+        self.batch_size = check_count(batch_size, "batch_size", 1)
+        self.shuffle = check_flag(shuffle, "shuffle")
+        self.drop_last = check_flag(drop_last, "drop_last")
+        self.prefetch = check_count(prefetch, "prefetch", 0)
+        self.seed = check_count(seed, "seed", 0, _MAX_SEED)
+        self.world_size = check_count(world_size, "world_size", 1)
+        self.rank = check_count(rank, "rank", 0, self.world_size)
+        self.backend = backend
+        self._items = items
+        self._epoch = 0
+
+    @abstractmethod
+    def _load(self, items: npt.NDArray[np.int64], number: int) -> Any:
+        """Return what a batch consists of, as arrays of the device; `number` is unlike any other batch's."""
+
+    @abstractmethod
+    def _convert(self, loaded: Any, adapter: ModuleType) -> Made:
+        """Return the batch with arrays of the framework that the adapter is for."""
+
+    @property
+    def dataset(self) -> npt.NDArray[np.int64]:
+        """The items, int64 [n], in the order given."""
+        return self._items
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next ``iter`` takes."""
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next ``iter`` takes; the one after that takes the next.
+
+        Parameters
+        ----------
+        epoch : int
+            From 0.
+        """
+        self._epoch = check_count(epoch, "epoch", 0)
+
+    def order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the items of this rank, int64, in the order in which an epoch visits them."""
+        items, count = self._items, len(self._items)
+        if self.shuffle:
+            # Raw Philox words: NumPy promises them to stay the same in every version, unlike its permutations.
+            words = np.random.Philox(key=self.seed, counter=epoch).random_raw(count)
+            items = items[np.argsort(words, kind="stable")]
+        if self.world_size == 1 or count == 0:
+            return items
+        return items[(self.rank + np.arange(-(-count // self.world_size)) * self.world_size) % count]
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch."""
+        share = -(-len(self._items) // self.world_size)
+        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
+
+    def __iter__(self) -> Iterator[Made]:
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        side = SideStream(self.device.index) if self.device.index is not None else None
+        loaded = self._load_all(epoch, side)
+        return self._convert_all(Prefetched(loaded, self.prefetch) if self.prefetch else loaded, side)
+
+    def _load_all(self, epoch: int, side: SideStream | None) -> Iterator[tuple[Any, Any]]:
+        """Give what the batches consist of, each with the mark on the stream that fills it."""
+        order = self.order(epoch)
+        for index in range(len(self)):
+            items = order[index * self.batch_size : (index + 1) * self.batch_size]
+            number = ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
+            if side is None:
+                yield self._load(items, number), None
+                continue
+            with side.filling():
+                loaded = self._load(items, number), side.record()
+            yield loaded
+            del loaded  # a thread that waits for room holds no memory of the device
+
+    def _convert_all(self, made: Iterator[tuple[Any, Any]], side: SideStream | None) -> Iterator[Made]:
+        adapter = import_module("gglspeedup.adapters").backend(self.backend)
+        try:
+            for loaded, filled in made:
+                # Here, in the reader's thread: a framework hands over to the stream that is current in a thread.
+                if side is not None:
+                    side.hand_over(filled, adapter.current_stream())
+                batch = self._convert(loaded, adapter)
+                del loaded
+                yield batch
+                del batch
+        finally:
+            if isinstance(made, Prefetched):
+                made.close()
+
+
+def device_for(backend: str, device: DeviceLike) -> Device:
+    """Return the device to make batches on: one that the backend can read.
+
+    Raises
+    ------
+    DeviceError
+        The CUDA device is not there, or the backend cannot use it.
+    ArgumentValueError, MissingPackageError
+        There is no such backend, or it is not installed.
+    """
+    adapter = import_module("gglspeedup.adapters").backend(backend)
+    found = parse_device(device)
+    if found.index is None and backend == "cupy":
+        raise DeviceError(explain("device", "a CUDA device for CuPy", f"{found}", 'take backend="numpy" on the CPU'))
+    if found.index is None or adapter.sees_cuda(found.index):
+        return found
+    if device == "auto":
+        return Device(None)
+    needs = f"a device that the installed {backend} can use"
+    raise DeviceError(explain("device", needs, f"{found}", f'install {backend} for CUDA, or pass device="cpu"'))
