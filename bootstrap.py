@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Sets up an environment in `.venv` and runs the demo or the tests in it.
+"""Sets up an environment in `.venv` and runs a demo or the tests in it.
 
-    python3 bootstrap.py demo [options of the demo]
+    python3 bootstrap.py demo [framework] [options of the demo]
     python3 bootstrap.py test [options of pytest]
+
+The frameworks are torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax.
 
 It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
 again, so a second call starts at once.
@@ -23,8 +25,18 @@ ROOT = Path(__file__).resolve().parent
 OLDEST = (3, 10)
 # A newer torch brings gigabytes of CUDA packages; this is what the results in the README were measured with.
 TORCH = "torch==2.13.0"
-JOBS = ("demo", "test")
-USAGE = "usage: python3 bootstrap.py demo [options of the demo] | test [options of pytest]"
+# What setup.py calls the packages that each demo needs beside those of all demos.
+EXTRAS = {
+    "torch": "pyg",
+    "pyg": "pyg",
+    "lightning": "lightning",
+    "tensorflow": "tensorflow",
+    "paddle": "paddle",
+    "tensorlayerx": "tensorlayerx",
+    "jax": "jax",
+}
+WITH_TORCH = ("torch", "pyg", "lightning")
+USAGE = f"usage: python3 bootstrap.py demo [{'|'.join(EXTRAS)}] [options of the demo] | test [options of pytest]"
 
 
 class SetupError(Exception):
@@ -33,10 +45,10 @@ class SetupError(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command line; return its exit status."""
-    if not arguments or arguments[0] not in JOBS:
+    job, options = parse(arguments)
+    if job is None:
         print(USAGE, file=sys.stderr)
         return 2
-    job, options = arguments[0], list(arguments[1:])
     try:
         check_python(sys.version_info[:2])
         python = prepare(ROOT / ".venv", job)
@@ -51,6 +63,15 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def parse(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Return the job, ``test`` or the framework of a demo, and the options to pass on; no job if there is none such."""
+    job, options = (arguments[0] if arguments else None), list(arguments[1:])
+    if job == "demo":
+        job = "torch" if not options or options[0].startswith("-") else options.pop(0)
+        return (job if job in EXTRAS else None), options
+    return (job if job == "test" else None), options
+
+
 def check_python(version: tuple[int, ...]) -> None:
     """Raise SetupError if this Python is too old."""
     if version < OLDEST:
@@ -60,8 +81,8 @@ def check_python(version: tuple[int, ...]) -> None:
 
 def commands(job: str, python: Path, options: Sequence[str]) -> list[list[str]]:
     """Return what a job runs, in order."""
-    if job == "demo":
-        return [[str(python), str(ROOT / "demo" / "sage_torch.py"), *options]]
+    if job != "test":
+        return [[str(python), str(ROOT / "demo" / f"sage_{job}.py"), *options]]
     return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], ["pytest", *options])]
 
 
@@ -74,9 +95,9 @@ def prepare(venv: Path, job: str) -> Path:
         return python
     if not works(python):
         make_venv(venv, python)
-    if not works(python, "import torch"):
+    if (job == "test" or job in WITH_TORCH) and not works(python, "import torch"):
         pip_install(python, TORCH)
-    pip_install(python, "-e", f"{ROOT}[{job}]")
+    pip_install(python, "-e", f"{ROOT}[{'test' if job == 'test' else 'demo,' + EXTRAS[job]}]")
     stamp.write_text(wanted, encoding="utf-8")
     return python
 

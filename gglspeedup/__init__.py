@@ -8,6 +8,7 @@ from gglspeedup.errors import DeviceError, GGLSpeedupError
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
+from gglspeedup.history.store import HistoryStore
 from gglspeedup.loader import NodeLoader
 from gglspeedup.threads import set_num_threads
 
@@ -20,6 +21,7 @@ __all__ = [
     "DeviceError",
     "GGLSpeedupError",
     "GPUSampler",
+    "HistoryStore",
     "NodeLoader",
     "SampledBatch",
     "set_num_threads",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -143,3 +144,18 @@ def free_bytes(device: Device) -> int:
         free, _total = cupy.cuda.runtime.memGetInfo()
         pool: Any = cupy.get_default_memory_pool()
         return int(free) + int(pool.free_bytes())
+
+
+def host_free_bytes() -> int:
+    """Return the host memory that can be had without swapping, in bytes, as the system estimates it."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError):
+        return 1 << 62  # a system that says nothing is not held to anything

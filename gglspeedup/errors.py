@@ -31,6 +31,10 @@ class GraphFileError(ArgumentValueError):
     """A file is not what its reader expects, or was cut short."""
 
 
+class HistoryFileError(ArgumentValueError):
+    """A file of histories is not what its reader expects, was cut short or not closed, or has no room."""
+
+
 class MissingPackageError(GGLSpeedupError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 

@@ -105,7 +105,11 @@ class BufferPool:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
-        return np.asarray(_Lease(self, self._take(math.prod(shape) * np.dtype(dtype).itemsize), shape, np.dtype(dtype)))
+        dtype = np.dtype(dtype)
+        # The array interface has no word for types such as bfloat16: they are given as bits, and viewed.
+        bits = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else dtype
+        lease = _Lease(self, self._take(math.prod(shape) * dtype.itemsize), shape, bits)
+        return np.asarray(lease).view(dtype) if bits is not dtype else np.asarray(lease)
 
     def empty_pair(
         self, first: tuple[int, ...], second: tuple[int, ...], dtype: npt.DTypeLike

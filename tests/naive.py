@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,3 +93,26 @@ def hot_order(indptr: np.ndarray) -> list[int]:
 def visits(batches: Sequence[Sequence[int]], num_nodes: int) -> np.ndarray:
     """How many of the batches each node is in (GNNLab's pre-sampling count)."""
     return np.array([sum(v in set(map(int, batch)) for batch in batches) for v in range(num_nodes)])
+
+
+class History:
+    """One table of a history store, and when each row was written."""
+
+    def __init__(self, num_nodes: int, dim: int, dtype: Any) -> None:
+        self.rows = [[np.zeros((), dtype)] * dim for _ in range(num_nodes)]
+        self.written = [0] * num_nodes
+        self.pushes = 0
+        self.dtype = dtype
+
+    def push(self, values: Any, n_id: list[int]) -> None:
+        self.pushes += 1
+        for row, node in zip(values, n_id, strict=True):
+            self.rows[node] = [np.asarray(value).astype(self.dtype) for value in row]
+            self.written[node] = self.pushes
+
+    def pull(self, n_id: list[int]) -> Any:
+        dim = len(self.rows[0]) if self.rows else 0
+        return np.array([self.rows[node] for node in n_id], self.dtype).reshape(len(n_id), dim)
+
+    def age(self, n_id: list[int]) -> list[int]:
+        return [self.pushes - self.written[node] if self.written[node] else -1 for node in n_id]

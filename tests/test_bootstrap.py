@@ -53,7 +53,7 @@ def test_only_the_standard_library_is_imported() -> None:
     assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("arguments", [[], ["build"], ["--help"]])
+@pytest.mark.parametrize("arguments", [[], ["build"], ["--help"], ["torch"], ["demo", "caffe"]])
 def test_unknown_job_prints_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert bootstrap.main(arguments) == 2
     assert "demo" in capsys.readouterr().err
@@ -61,8 +61,12 @@ def test_unknown_job_prints_the_usage(arguments: list[str], capsys: pytest.Captu
 
 def test_jobs_pass_options_on() -> None:
     python = Path("python")
-    (demo,) = bootstrap.commands("demo", python, ["--epochs", "3"])
-    assert demo[1].endswith("sage_torch.py") and Path(demo[1]).is_file() and demo[2:] == ["--epochs", "3"]
+    for arguments, framework in ((["--epochs", "3"], "torch"), (["jax", "--epochs", "3"], "jax"), ([], "torch")):
+        job, options = bootstrap.parse(["demo", *arguments])
+        assert job == framework and options == arguments[-2:]
+    for framework in bootstrap.EXTRAS:
+        (demo,) = bootstrap.commands(framework, python, ["--epochs", "3"])
+        assert demo[1].endswith(f"sage_{framework}.py") and Path(demo[1]).is_file() and demo[2:] == ["--epochs", "3"]
     tests = bootstrap.commands("test", python, ["-m", "not slow"])
     assert [command[2] for command in tests] == ["ruff", "mypy", "pytest"]
     assert tests[-1][-2:] == ["-m", "not slow"]
@@ -82,15 +86,17 @@ def test_second_call_installs_nothing(
     python.parent.mkdir(parents=True)
     python.touch()
     monkeypatch.setattr(bootstrap, "works", lambda python, statement="import pip": statement == "import pip")
-    assert bootstrap.prepare(venv, "demo") == python
-    assert [command[-1] for command in ran] == ["torch==2.13.0", f"{ROOT}[demo]"]
-    bootstrap.prepare(venv, "demo")
+    assert bootstrap.prepare(venv, "torch") == python
+    assert [command[-1] for command in ran] == ["torch==2.13.0", f"{ROOT}[demo,pyg]"]
+    bootstrap.prepare(venv, "torch")
     assert len(ran) == 2
     bootstrap.prepare(venv, "test")
     assert ran[-1][-1] == f"{ROOT}[test]"
     monkeypatch.setattr(bootstrap, "TORCH", "torch==0")
-    bootstrap.prepare(venv, "demo")
+    bootstrap.prepare(venv, "torch")
     assert ran[-2][-1] == "torch==0"
+    bootstrap.prepare(venv, "paddle")  # which needs no torch
+    assert ran[-2][-1] == f"{ROOT}[demo,pyg]" and ran[-1][-1] == f"{ROOT}[demo,paddle]"
 
 
 @pytest.mark.parametrize("importable", [True, False])
@@ -130,6 +136,8 @@ def test_a_shared_package_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not bootstrap.works(python, "import only_here")
     bootstrap.share_packages(python)
     assert bootstrap.works(python, "import only_here")
+    # What looks for shared libraries asks `site`: it is told of the folders, too.
+    assert bootstrap.works(python, f"import site, sys; sys.exit({sys.prefix!r} not in site.PREFIXES)")
 
 
 def test_no_index_is_wired_in() -> None:

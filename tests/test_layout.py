@@ -12,7 +12,7 @@ PACKAGE = Path(gglspeedup.__file__).parent
 # A module may import those of earlier lines, and of its own.
 LAYERS = [
     ["errors", "__init__"],
-    ["threads", "device", "memory", "arguments", "prefetch", "side_stream"],
+    ["threads", "device", "memory", "interchange", "arguments", "prefetch", "side_stream"],
     ["kernels"],
     ["graph_file"],
     ["graph"],
@@ -22,7 +22,9 @@ LAYERS = [
     ["gpusample"],
     ["hot_order"],
     ["gpufeature"],
+    ["epochs"],
     ["loader"],
+    ["history"],
     ["info"],
     ["__main__"],
 ]

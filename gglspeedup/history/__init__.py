@@ -1,0 +1,1 @@
+"""Histories of node embeddings: stores, tables, files."""

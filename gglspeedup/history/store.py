@@ -1,0 +1,497 @@
+"""`HistoryStore`: the last known rows of every node, for each layer of a model (GNNAutoScale)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.arguments import check_count, host_ids
+from gglspeedup.device import Device, DeviceLike, host_free_bytes, parse_device
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, HistoryFileError, explain
+from gglspeedup.history import history_file
+from gglspeedup.history.history_file import Header
+from gglspeedup.history.lane import Lane
+from gglspeedup.history.tables_cpu import HostTable
+from gglspeedup.memory import BufferPool
+
+Ids = npt.NDArray[np.int64]
+
+logger = logging.getLogger("gglspeedup")
+
+_STORAGES = ("device", "pinned", "mmap", "auto")
+_MEMORY_SHARE = 0.8  # of the free memory that "auto" gives to histories
+
+
+class Staleness(NamedTuple):
+    """How old rows are, in pushes since they were written: their mean and largest age, and how many never were."""
+
+    mean: float
+    largest: int
+    never: int
+
+
+class PendingPull:
+    """Rows that are being pulled; :meth:`wait` returns them."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    def wait(self) -> Any:
+        """Return the rows, as :meth:`History.pull` does, once they are there."""
+        return self._future.result()
+
+
+class _Common:
+    """What the tables of a store share: the order of pushes and pulls, and the file. Closed when the last is gone.
+
+    Parameters
+    ----------
+    header : Header
+        Sizes, and the pushes so far.
+    arrays : sequence of (stamps, rows)
+        Of each table.
+    path : str, optional
+        The file that the arrays are mapped to.
+    depth : int
+        The most pushes and pulls that wait.
+    """
+
+    def __init__(self, header: Header, arrays: Sequence[tuple[Any, Any]], path: str | None, depth: int) -> None:
+        self.lane = Lane(depth)
+        self.pushes = list(header.pushes)
+        # Writing to a file waits for its pages; memory is written at once, which is less work than a copy for later.
+        self.queues = path is not None
+        self.close = weakref.finalize(self, _close, self.lane, path, header, arrays, self.pushes)
+
+
+class History:
+    """One table of a store: a row for each node. Pulls see every push made before them, and none made after."""
+
+    def __init__(self, table: HostTable, common: _Common, index: int) -> None:
+        self._table, self._common, self._index = table, common, index
+        self._lane = common.lane
+        self._ahead: tuple[Ids, PendingPull] | None = None
+
+    @property
+    def pushes(self) -> int:
+        """The number of pushes so far."""
+        return self._common.pushes[self._index]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Nodes, and the width of a row."""
+        nodes, dim = self._table.rows.shape
+        return nodes, dim
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """What rows are stored as."""
+        return self._table.rows.dtype
+
+    def push(self, values: Any, n_id: Any = None, *, offset: Any = None, count: Any = None) -> None:
+        """Write rows.
+
+        Parameters
+        ----------
+        values : array or tensor [n, dim]
+            Of any framework and any real dtype; taken as they are now, so the caller may change them at once.
+        n_id : int array-like or tensor [n], optional
+            The rows' nodes; of repeated ids the last row stays.
+        offset, count : int array-like, optional
+            Instead of `n_id`: the first nodes and the lengths of contiguous ranges, n nodes in all.
+
+        Raises
+        ------
+        ArgumentIndexError
+            A node is out of range.
+        ArgumentTypeError, ArgumentValueError
+            The values' shape or dtype does not fit, or neither or both of `n_id` and ranges are given.
+        """
+        if (n_id is None) == (offset is None) or (offset is None) != (count is None):
+            remedy = "call push(values, n_id) or push(values, offset=[...], count=[...])"
+            raise ArgumentTypeError(explain("n_id", "to be given, or offset and count", "another combination", remedy))
+        table = self._table
+        if n_id is not None:
+            ids = table.ids(n_id)
+            rows = len(ids)
+        else:
+            offset, count = self._ranges(offset, count)
+            rows = int(count.sum())
+        with self._lane.lock:
+            queued = self._common.queues or self._lane.busy
+            kept = table.values(values, rows, keep=queued)
+            number = self.pushes + 1
+            job: Callable[[], None]
+            if n_id is None:
+                job = partial(table.push_ranges, kept, offset, count, number)
+            else:
+                job = partial(table.push_rows, kept, np.array(ids) if queued else ids, number)
+            if queued:
+                self._lane.submit(job)
+            else:
+                self._lane.run(job)
+            self._common.pushes[self._index] = number
+
+    def _ranges(self, offset: Any, count: Any) -> tuple[Ids, Ids]:
+        begins, lengths = np.array(host_ids(offset, "offset")), np.array(host_ids(count, "count"))
+        if len(begins) != len(lengths):
+            needs = f"a length for each of {len(begins)} ranges"
+            raise ArgumentValueError(explain("count", needs, f"{len(lengths)}", "pass lists of the same length"))
+        bad = np.flatnonzero((begins < 0) | (lengths < 0) | (lengths > self.shape[0] - begins))
+        if len(bad):
+            first, nodes = int(bad[0]), self.shape[0]
+            got = f"{begins[first]} and {lengths[first]} at position {first}"
+            remedy = "check that ranges and store belong together"
+            raise ArgumentValueError(explain("offset and count", f"ranges within 0 to {nodes}", got, remedy))
+        return begins, lengths
+
+    def pull(self, n_id: Any) -> Any:
+        """Return rows.
+
+        Parameters
+        ----------
+        n_id : int array-like or tensor [n]
+            Nodes, also repeated. If they are those of the last :meth:`HistoryStore.prefetch`, what it brought is
+            returned.
+
+        Returns
+        -------
+        array [n, dim]
+            Of the store's dtype: zeros where nothing was pushed. A buffer of its own, 64-byte aligned.
+
+        Raises
+        ------
+        ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+            They are no node ids, or out of range.
+        """
+        ids = self._table.ids(n_id)
+        if self._ahead is not None and np.array_equal(self._ahead[0], ids):
+            (_, pending), self._ahead = self._ahead, None
+            return pending.wait()
+        return self._lane.run(lambda: self._table.pull(ids))
+
+    def pull_async(self, n_id: Any) -> PendingPull:
+        """Start a pull of rows as they are now, and return at once; ``wait()`` of the result returns them."""
+        ids = np.array(self._table.ids(n_id))
+        return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True))
+
+    def prefetch(self, n_id: Any) -> None:
+        """Start a pull of rows as they are now; the next :meth:`pull` of these nodes returns what it brought."""
+        self._ahead = (np.array(self._table.ids(n_id)), self.pull_async(n_id))
+
+    def _written(self, n_id: Any) -> Ids:
+        ids = None if n_id is None else self._table.ids(n_id)
+        written: Ids = self._lane.run(lambda: self._table.written(ids))
+        return written
+
+    def age(self, n_id: Any = None) -> Ids:
+        """Return how many pushes ago each row was written, int64; -1 for never. Of all nodes if none are given."""
+        written = self._written(n_id)
+        return np.where(written == 0, -1, self.pushes - written)
+
+    @property
+    def arrays(self) -> tuple[Ids, Any]:
+        """Stamps and rows, as the background thread writes them."""
+        return self._table.stamps, self._table.rows
+
+    def forget(self) -> None:
+        """Drop what :meth:`prefetch` has brought."""
+        self._ahead = None
+
+    def __repr__(self) -> str:
+        return f"History(shape={self.shape}, dtype={self.dtype}, {self.pushes} pushes)"
+
+
+class HistoryStore:
+    """Tables of rows that batches push to and pull from.
+
+    Parameters
+    ----------
+    num_nodes : int
+        Rows of every table.
+    dims : sequence of int
+        The width of each table: one a layer that keeps histories.
+    device : str or int
+        ``"cpu"`` or ``"auto"``: histories live in host memory so far.
+    storage : str
+        ``"device"``, ``"pinned"`` (both ordinary memory on the CPU), ``"mmap"`` (a file, which may be larger than the
+        memory), or ``"auto"``: memory if they fit, else the file.
+    dtype : str
+        ``"float32"``, ``"float16"`` or ``"bfloat16"``: how rows are stored, and what pulls return.
+    path : path, optional
+        The file of ``"mmap"``. One that is there is opened, with what it holds.
+    pool_size : int, optional
+        How many pushes and pulls may wait at once; by default four for each table.
+    buffer_size : int, optional
+        Rows of the buffers that are made at once, for values on their way; larger ones are made as needed.
+
+    Raises
+    ------
+    DeviceError
+        The CUDA device is not there.
+    HistoryFileError
+        The file is damaged, foreign, of other sizes, was not closed by its last writer, or the disk has no room.
+    ArgumentTypeError, ArgumentValueError
+        An argument cannot be used; the message names it.
+
+    Notes
+    -----
+    The method is that of Fey et al., "GNNAutoScale: scalable and expressive graph neural networks via historical
+    embeddings" (ICML 2021), section 3.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from gglspeedup import HistoryStore
+    >>> store = HistoryStore(4, [2], "cpu")
+    >>> store[0].push(np.array([[1.0, 2.0], [3.0, 4.0]]), n_id=[3, 1])
+    >>> store[0].push(np.array([[5.0, 6.0]]), offset=[0], count=[1])
+    >>> store[0].pull([0, 1, 2]).tolist()
+    [[5.0, 6.0], [3.0, 4.0], [0.0, 0.0]]
+    >>> store.age([0, 1, 2]).tolist()
+    [0, 1, -1]
+    """
+
+    def __init__(
+        self, num_nodes: int, dims: Sequence[int], device: DeviceLike = "auto", *, storage: str = "auto",
+        dtype: str = "float32", path: str | os.PathLike[str] | None = None, pool_size: int | None = None,
+        buffer_size: int | None = None,
+    ) -> None:  # fmt: skip
+        self.num_nodes = check_count(num_nodes, "num_nodes", 0)
+        if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
+            raise ArgumentTypeError(explain("dims", "one width a table", repr(dims), "pass a list such as [64, 64]"))
+        self.dims = tuple(check_count(dim, "dims", 0) for dim in dims)
+        if not self.dims:
+            raise ArgumentValueError(explain("dims", "at least one width", "none", "pass a list such as [64, 64]"))
+        self.dtype = _dtype_name(dtype)
+        if storage not in _STORAGES:
+            raise ArgumentValueError(explain("storage", f"one of {_STORAGES}", repr(storage), 'leave it "auto"'))
+        if storage == "mmap" and path is None:
+            raise ArgumentTypeError(explain("path", "the file of a memory-mapped store", "none", "pass path="))
+        self.device: Device = Device(None) if device == "auto" else parse_device(device)
+        if self.device.is_cuda:
+            got, remedy = str(self.device), 'pass device="cpu": pushes and pulls take arrays of a GPU as well'
+            raise DeviceError(explain("device", "the CPU, the one place for histories so far", got, remedy))
+        self._depth = 4 * len(self.dims) if pool_size is None else check_count(pool_size, "pool_size", 1)
+        self._buffer_rows = 0 if buffer_size is None else check_count(buffer_size, "buffer_size", 0)
+        self.storage = self._choose(storage, path)
+        self.path = os.fspath(path) if self.storage == "mmap" and path is not None else None
+        header = Header(self.num_nodes, self.dims, self.dtype, (0,) * len(self.dims))
+        if self.path is None:
+            kind = history_file.numpy_dtype(self.dtype)
+            arrays = [(np.zeros(num_nodes, np.int64), np.zeros((num_nodes, dim), kind)) for dim in self.dims]
+        else:
+            header, arrays = self._map(self.path, header)
+        self._start(header, arrays)
+
+    def _choose(self, storage: str, path: Any) -> str:
+        if storage != "auto":
+            return storage
+        itemsize = history_file.numpy_dtype(self.dtype).itemsize
+        need = sum(self.num_nodes * (8 + dim * itemsize) for dim in self.dims)
+        free = host_free_bytes()
+        if need <= _MEMORY_SHARE * free:
+            return "device"
+        if path is None:
+            remedy = "pass path= to keep them in a file, or store float16"
+            needs = f"{need / 2**30:.2f} GiB for histories"
+            raise ArgumentValueError(explain("storage", needs, f"{free / 2**30:.2f} GiB of free memory", remedy))
+        logger.info("histories of %.2f GiB are kept in %s: %.2f GiB are free", need / 2**30, path, free / 2**30)
+        return "mmap"
+
+    def _map(self, path: str, header: Header) -> tuple[Header, list[Any]]:
+        if not os.path.exists(path):
+            history_file.create(path, header)
+        found = history_file.read_header(path)
+        _same_sizes(path, found, header)
+        history_file.mark(path, found, in_use=True)
+        return found, history_file.tables(path, found, "r+")
+
+    def _start(self, header: Header, arrays: Sequence[tuple[Any, Any]]) -> None:
+        pool = BufferPool()
+        widest = max(self.dims) * history_file.numpy_dtype(self.dtype).itemsize
+        made = [pool.empty((self._buffer_rows * widest,), np.uint8) for _ in range(self._depth)]
+        del made  # they go back to the pool, to be used again
+        self._common = _Common(header, arrays, self.path, self._depth)
+        self._lane = self._common.lane
+        self._tables = [
+            History(HostTable(stamps, rows, pool), self._common, index) for index, (stamps, rows) in enumerate(arrays)
+        ]
+
+    def __getitem__(self, table: int) -> History:
+        """Return a table."""
+        return self._tables[table]
+
+    def __len__(self) -> int:
+        """Return the number of tables."""
+        return len(self._tables)
+
+    def __iter__(self) -> Iterator[History]:
+        return iter(self._tables)
+
+    def prefetch(self, n_id: Any) -> None:
+        """Start the pulls of all tables; the next ``store[l].pull(n_id)`` of the same nodes returns what it brought.
+
+        Rows are brought as they are now: later pushes are not seen.
+        """
+        for table in self._tables:
+            table.prefetch(n_id)
+
+    def synchronize(self) -> None:
+        """Wait for all pushes and pulls; raise what a push in the background has raised."""
+        self._lane.drain()
+
+    def age(self, n_id: Any = None, table: int = 0) -> Ids:
+        """Return how many pushes ago each row of a table was written, int64; -1 for never.
+
+        Parameters
+        ----------
+        n_id : int array-like or tensor, optional
+            Nodes; by default all.
+        table : int
+            Which table.
+        """
+        return self._tables[table].age(n_id)
+
+    def staleness(self, n_id: Any = None, table: int = 0) -> Staleness:
+        """Return a summary of :meth:`age`."""
+        age = self.age(n_id, table)
+        known = age[age >= 0]
+        if not len(known):
+            return Staleness(0.0, 0, len(age))
+        return Staleness(float(known.mean()), int(known.max()), len(age) - len(known))
+
+    def _header(self) -> Header:
+        return Header(self.num_nodes, self.dims, self.dtype, tuple(self._common.pushes))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all tables to a file, with every push made before.
+
+        A crash or a full disk while it is written leaves a file that was there before as it is.
+
+        Raises
+        ------
+        HistoryFileError
+            The disk has no room.
+        ArgumentValueError
+            It is the file that this store is mapped to.
+        """
+        target = os.fspath(path)
+        if self.path is not None and os.path.exists(target) and os.path.samefile(target, self.path):
+            raise ArgumentValueError(explain("path", "another file", "the store's own", "name a file for the copy"))
+        with self._lane.lock:
+            header = self._header()
+            arrays = [table.arrays for table in self._tables]
+            self._lane.run(lambda: history_file.write(target, header, arrays))
+
+    def restore(self, path: str | os.PathLike[str]) -> None:
+        """Take the rows and ages of a file that :meth:`save` has written.
+
+        Raises
+        ------
+        HistoryFileError
+            It is no such file, is damaged, or of other sizes.
+        """
+        source = os.fspath(path)
+        header = history_file.read_header(source)
+        _same_sizes(source, header, self._header())
+        saved = history_file.tables(source, header, "r")
+        with self._lane.lock:
+            self._lane.run(lambda: self._copy(saved))
+            self._common.pushes[:] = header.pushes
+            for table in self._tables:
+                table.forget()
+
+    def _copy(self, saved: Sequence[tuple[Any, Any]]) -> None:
+        for table, (stamps, rows) in zip(self._tables, saved, strict=True):
+            table.arrays[0][...] = stamps
+            table.arrays[1][...] = rows
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], device: DeviceLike = "auto", *, storage: str = "auto",
+        pool_size: int | None = None, buffer_size: int | None = None,
+    ) -> HistoryStore:  # fmt: skip
+        """Return a store with the contents of a file that :meth:`save` has written; the file is not changed later.
+
+        Raises
+        ------
+        HistoryFileError
+            It is no such file, or is damaged.
+        """
+        header = history_file.read_header(os.fspath(path))
+        store = cls(
+            header.num_nodes, header.dims, device, storage=storage, dtype=header.dtype, pool_size=pool_size,
+            buffer_size=buffer_size,
+        )  # fmt: skip
+        store.restore(path)
+        return store
+
+    def close(self) -> None:
+        """Finish all pushes, write a mapped file out, and end the background thread; may be called again."""
+        self._common.close()
+
+    def __enter__(self) -> HistoryStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"HistoryStore({self.num_nodes}, {list(self.dims)}, {str(self.device)!r}, dtype={self.dtype!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.path is not None:
+            needs, got = "one process for a mapped file", "a store to be pickled"
+            raise ArgumentValueError(explain("store", needs, got, "save() it, and load() it in the other process"))
+        with self._lane.lock:
+            self._lane.drain()
+            state = {name: value for name, value in self.__dict__.items() if name[0] != "_" or name in _PICKLED}
+            return {**state, "header": self._header(), "arrays": [table.arrays for table in self._tables]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        header, arrays = state.pop("header"), state.pop("arrays")
+        self.__dict__.update(state)
+        parse_device(self.device)  # the process that unpickles may lack the device
+        self._start(header, arrays)
+
+
+_PICKLED = ("_depth", "_buffer_rows")
+
+
+def _dtype_name(dtype: Any) -> str:
+    # A name, a NumPy or framework dtype (torch.float16), or a scalar type (numpy.float16).
+    name = str(getattr(dtype, "__name__", dtype)).rsplit(".", 1)[-1]
+    if name not in history_file.DTYPES:
+        needs = f"one of {', '.join(history_file.DTYPES)}"
+        raise ArgumentValueError(explain("dtype", needs, repr(dtype), 'leave it "float32"'))
+    return name
+
+
+def _same_sizes(path: str, found: Header, wanted: Header) -> None:
+    if found[:3] != wanted[:3]:
+        got = f"{found.num_nodes} nodes, dims {list(found.dims)} and {found.dtype} in {path!r}"
+        needs = f"a file of {wanted.num_nodes} nodes, dims {list(wanted.dims)} and {wanted.dtype}"
+        raise HistoryFileError(explain("path", needs, got, "name another file, or the sizes that it has"))
+
+
+def _close(
+    lane: Lane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Sequence[int]
+) -> None:
+    lane.close()
+    if path is None or not lane.ours:
+        return
+    for pair in arrays:
+        for array in pair:
+            if isinstance(array, np.memmap):
+                array.flush()
+    # Last: until all rows are on the disk, the file says that it was not closed.
+    history_file.mark(path, header._replace(pushes=tuple(pushes)), in_use=False)
