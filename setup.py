@@ -18,6 +18,7 @@ paddle = ["paddlepaddle>=3.0"]
 jax = ["jax>=0.4.30", "optax"]
 tensorlayerx = ["tensorlayerx>=0.5.8", "gammagl>=0.4.0", *tensorflow]  # TensorFlow is its default backend
 pyg = [*torch, "torch-geometric>=2.5"]
+metis = ["pymetis>=2025.2"]
 lightning = [*pyg, "lightning>=2.2"]
 demo = ["tqdm", "matplotlib", "scikit-learn", "scipy"]
 setup(
@@ -46,9 +47,10 @@ setup(
         "jax": jax,
         "pyg": pyg,
         "lightning": lightning,
+        "metis": metis,
         "demo": demo,
         "test": [
-            *cuda, *lightning, *paddle, *tensorlayerx, *jax, *demo,
+            *cuda, *lightning, *paddle, *tensorlayerx, *jax, *metis, *demo,
             "pytest>=8", "hypothesis", "mypy", "ruff", "psutil",
         ],
     },

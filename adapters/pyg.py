@@ -123,7 +123,7 @@ class NeighborSampler(pyg_sampler.BaseSampler):  # type: ignore[misc]
 
     def _sample(self, seed: torch.Tensor, seed_time: None = None) -> Any:
         _enter_worker(self._sampler.device)
-        seeds = host_ids(_without_subclass(seed), "input_nodes")
+        seeds = host_ids(seed, "input_nodes")
         check_range(seeds, self._num_nodes, "input_nodes")
         # Workers are copies of each other: only torch's random state differs between them, and between epochs.
         number = int(torch.randint(MAX_BATCH, ()))
@@ -207,7 +207,7 @@ class FeatureStore(pyg_data.FeatureStore):  # type: ignore[misc]
             index = np.arange(len(feature))[index or slice(None)]
         elif isinstance(index, int):
             return to_framework(feature[[index]])[0]
-        return to_framework(feature[_without_subclass(index)])
+        return to_framework(feature[index])
 
     def _remove_tensor(self, attr: Any) -> bool:
         return self._feature(attr) is not None and self.features.pop(attr.attr_name) is not None
@@ -266,7 +266,7 @@ class GraphStore(pyg_data.GraphStore):  # type: ignore[misc]
         _check_none("edge_type", edge_attr.edge_type)
         if self._graph is not None:
             raise ArgumentValueError(explain("edge_index", "an empty store", repr(self._graph), "remove that first"))
-        row, col = (host_ids(_without_subclass(part), "edge_index") for part in edge_index)
+        row, col = (host_ids(part, "edge_index") for part in edge_index)
         nodes = None if edge_attr.size is None else max(edge_attr.size)
         if edge_attr.layout == EdgeLayout.CSC:
             self._graph = CSRGraph(col, row, num_nodes=nodes)
@@ -324,7 +324,7 @@ def _as_graph(csr: GraphLike) -> CSRGraph:
     if isinstance(csr, pyg_data.Data):
         if csr.edge_index is None:
             raise ArgumentValueError(explain("csr", "a Data with edge_index", "one without", "set data.edge_index"))
-        return CSRGraph.from_edge_index(_without_subclass(csr.edge_index).cpu(), csr.num_nodes)
+        return CSRGraph.from_edge_index(csr.edge_index, csr.num_nodes)
     if isinstance(csr, pyg_data.GraphStore):  # a HeteroData is one, too
         needs = "a homogeneous Data, or a GraphStore of gglspeedup"
         raise ArgumentTypeError(explain("csr", needs, type(csr).__name__, "pass data.to_homogeneous() of a HeteroData"))
@@ -361,11 +361,6 @@ def _enter_worker(device: Device) -> None:
     if device.is_cuda:
         raise DeviceError(explain("num_workers", f"0 with device {str(device)!r}", "a worker process", "leave it out"))
     set_num_threads(torch.get_num_threads())
-
-
-def _without_subclass(tensor: Any) -> Any:
-    """Return the plain tensor in PyG's ``Index`` or ``EdgeIndex``, whose own memory DLPack does not find."""
-    return tensor.as_tensor() if hasattr(tensor, "as_tensor") else tensor
 
 
 def _concatenate(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:

@@ -1,15 +1,24 @@
-"""TensorLayerX: arrays out as tensors of its active backend."""
+"""TensorLayerX: arrays out and in as tensors of its active backend."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import tensorlayerx
 
+from gglspeedup.adapters import backend
 from gglspeedup.errors import MissingPackageError, explain
 
 _BACKENDS = ("tensorflow", "torch", "paddle")
+
+
+def _active() -> ModuleType:
+    name = tensorlayerx.BACKEND
+    if name not in _BACKENDS:
+        needs = f"one of the backends {', '.join(_BACKENDS)}"
+        raise MissingPackageError(explain("TL_BACKEND", needs, repr(name), "set it before importing tensorlayerx"))
+    return backend(name)
 
 
 def to_framework(array: Any) -> Any:
@@ -19,9 +28,30 @@ def to_framework(array: Any) -> Any:
     ------
     MissingPackageError
         TensorLayerX runs on a backend that takes no DLPack.
+    ArgumentTypeError
+        It is no NumPy or CuPy array, or of a dtype that the backend does not have.
     """
-    backend = tensorlayerx.BACKEND
-    if backend not in _BACKENDS:
-        needs = f"one of the backends {', '.join(_BACKENDS)}"
-        raise MissingPackageError(explain("TL_BACKEND", needs, repr(backend), "set it before importing tensorlayerx"))
-    return import_module(f"gglspeedup.adapters.{backend}").to_framework(array)
+    return _active().to_framework(array)
+
+
+def from_framework(tensor: Any) -> Any:
+    """Return a NumPy array, or on a GPU a CuPy array, that shares the memory of a tensor of the active backend.
+
+    Raises
+    ------
+    MissingPackageError
+        TensorLayerX runs on a backend that takes no DLPack.
+    ArgumentTypeError
+        It is no tensor of the active backend.
+    """
+    return _active().from_framework(tensor)
+
+
+def current_stream() -> int | None:
+    """Return the pointer of the active backend's current CUDA stream in this thread, None if it does not tell."""
+    return _active().current_stream()
+
+
+def sees_cuda(index: int) -> bool:
+    """Return whether the active backend can use a CUDA device."""
+    return _active().sees_cuda(index)

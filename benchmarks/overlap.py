@@ -82,7 +82,7 @@ def main() -> None:
         cache=x.nbytes, backend="torch", prefetch=0,
     )  # fmt: skip
     ahead = NodeLoader(
-        serial.sampler, serial.features, serial.labels, seeds=seeds, sizes=options.fanouts,
+        serial.graph_sampler, serial.features, serial.labels, seeds=seeds, sizes=options.fanouts,
         batch_size=options.batch_size, backend="torch",
     )  # fmt: skip
     device = torch.device(str(serial.device))

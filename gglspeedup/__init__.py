@@ -10,6 +10,8 @@ from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
 from gglspeedup.history.store import HistoryStore
 from gglspeedup.loader import NodeLoader
+from gglspeedup.partitions import partition, permute
+from gglspeedup.subgraphs import SubgraphLoader
 from gglspeedup.threads import set_num_threads
 
 __version__ = "0.1.0"
@@ -24,5 +26,8 @@ __all__ = [
     "HistoryStore",
     "NodeLoader",
     "SampledBatch",
+    "SubgraphLoader",
+    "partition",
+    "permute",
     "set_num_threads",
 ]

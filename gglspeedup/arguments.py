@@ -8,15 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.errors import ArgumentIndexError, ArgumentTypeError, ArgumentValueError, explain
-
-_CPU, _CUDA, _CUDA_PINNED, _CUDA_MANAGED = 1, 2, 3, 13  # device types of DLPack
-
-
-def on_cuda(value: Any) -> bool:
-    """Return whether an array or tensor of any framework lives in a CUDA device's memory."""
-    if isinstance(value, np.ndarray) or not hasattr(value, "__dlpack_device__"):
-        return hasattr(value, "__cuda_array_interface__")
-    return int(value.__dlpack_device__()[0]) in (_CUDA, _CUDA_MANAGED)
+from gglspeedup.interchange import as_array, on_cuda
+from gglspeedup.memory import kernel_view
 
 
 def host_array(value: Any, argument: str) -> npt.NDArray[Any]:
@@ -28,30 +21,14 @@ def host_array(value: Any, argument: str) -> npt.NDArray[Any]:
         NumPy, a list, or a tensor of any framework; one on a GPU is copied to the host.
     argument : str
         What to call it in an error.
-    """
-    if isinstance(value, np.ndarray):
-        return value
-    if on_cuda(value):
-        import cupy
 
-        return np.asarray(cupy.asnumpy(cupy.from_dlpack(value)))
-    if hasattr(value, "detach") and hasattr(value, "requires_grad") and value.requires_grad:
-        value = value.detach()
-    if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
-        try:
-            return np.from_dlpack(value)
-        except (BufferError, RuntimeError, TypeError, ValueError, AttributeError):
-            pass  # a dtype or layout that NumPy's DLPack refuses may still convert
-    if hasattr(value, "toarray") and hasattr(value, "nnz"):
-        raise ArgumentTypeError(
-            explain(argument, "a dense array", f"a sparse {type(value).__name__}", "pass .toarray() of it")
-        )
-    try:
-        return np.asarray(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ArgumentTypeError(
-            explain(argument, "an array or tensor", f"{type(value).__name__} ({error})", "pass a NumPy array or tensor")
-        ) from error
+    Raises
+    ------
+    ArgumentTypeError
+        It is no array-like, is sparse, or is traced and has no values.
+    """
+    array = as_array(value, argument)
+    return array if isinstance(array, np.ndarray) else np.asarray(array.get())  # CuPy's
 
 
 def check_ids(array: Any, argument: str) -> None:
@@ -81,7 +58,7 @@ def host_ids(value: Any, argument: str) -> npt.NDArray[np.int64]:
     if array.dtype == np.uint64 and array.size and array.max() > np.uint64(2**63 - 1):
         first = int(np.argmax(array > np.uint64(2**63 - 1)))
         raise out_of_range(argument, first, int(array[first]), None)
-    return np.ascontiguousarray(array, np.int64)
+    return kernel_view(np.ascontiguousarray(array, np.int64))  # TensorFlow's and JAX's are read-only
 
 
 def device_ids(value: Any, argument: str, runtime: Any) -> Any:
@@ -97,7 +74,7 @@ def device_ids(value: Any, argument: str, runtime: Any) -> Any:
     if runtime.is_device(value):
         array = value
     elif on_cuda(value):
-        array = runtime.xp.from_dlpack(value)
+        array = as_array(value, argument)
     else:
         with runtime.activate():
             return runtime.to_device(host_ids(value, argument))
@@ -163,6 +140,13 @@ def check_count(value: Any, argument: str, least: int, bound: int | None = None)
         needs = f"at least {least}" if bound is None else f"{least} to {bound - 1}"
         raise ArgumentValueError(explain(argument, needs, number, remedy))
     return number
+
+
+def check_flag(value: Any, argument: str) -> bool:
+    """Return a bool; raise ArgumentTypeError if it is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ArgumentTypeError(explain(argument, "True or False", repr(value), "pass a bool"))
+    return bool(value)
 
 
 def check_sizes(sizes: Any, max_fanout: int, max_hops: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ _MAX_SEED = 1 << 64
 
 
 class EpochLoader(ABC, Generic[Made]):
-    """An iterable over the batches of an epoch; every ``iter`` takes the next one.
+    """An iterable over the batches of an epoch; every iterator takes the next one, with its first batch.
 
     A subclass sets `device`, and says how items make a batch of device arrays (:meth:`_load`) and that one a batch of
     the framework's (:meth:`_convert`). The first is done in a background thread and on a stream of its own, the second
@@ -77,11 +77,11 @@ class EpochLoader(ABC, Generic[Made]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next ``iter`` takes."""
+        """The epoch that the next iterator takes."""
         return self._epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next ``iter`` takes; the one after that takes the next.
+        """Say which epoch the next iterator takes; the one after that takes the next.
 
         Parameters
         ----------
@@ -107,10 +107,12 @@ class EpochLoader(ABC, Generic[Made]):
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[Made]:
+        # All of it when the first batch is asked for: an iterator that nobody reads from, as Lightning makes some to
+        # see whether it can, takes no epoch and starts no thread.
         epoch, self._epoch = self._epoch, self._epoch + 1
         side = SideStream(self.device.index) if self.device.index is not None else None
         loaded = self._load_all(epoch, side)
-        return self._convert_all(Prefetched(loaded, self.prefetch) if self.prefetch else loaded, side)
+        yield from self._convert_all(Prefetched(loaded, self.prefetch) if self.prefetch else loaded, side)
 
     def _load_all(self, epoch: int, side: SideStream | None) -> Iterator[tuple[Any, Any]]:
         """Give what the batches consist of, each with the mark on the stream that fills it."""

@@ -14,6 +14,7 @@ from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
 from gglspeedup.hot_order import hot_order
+from gglspeedup.interchange import integer_view, is_numeric
 from gglspeedup.memory import parse_size
 from gglspeedup.tiers_cpu import HostTier, Tiers
 
@@ -93,7 +94,7 @@ class CGPUFeature:
         if rows.ndim not in (1, 2) or len(rows) != self._num_nodes:
             needs = f"shape [{self._num_nodes}] or [{self._num_nodes}, F], a row for each node"
             raise ArgumentValueError(explain("x", needs, f"shape {rows.shape}", "check that it belongs to the graph"))
-        if rows.dtype.kind not in "biufc":
+        if not is_numeric(rows.dtype):
             raise ArgumentTypeError(explain("x", "a numeric dtype", f"dtype {rows.dtype}", "convert it first"))
         if not (rows.flags.c_contiguous and rows.flags.aligned and rows.dtype.isnative):
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
@@ -101,6 +102,7 @@ class CGPUFeature:
         self._rows = rows
 
     def _make_tiers(self, rows: Array) -> Tiers:
+        rows, _ = integer_view(rows)  # to the tiers rows are bytes, and not all of them know bfloat16
         if self._order is None:
             return HostTier(rows)
         from gglspeedup.placement import place_rows, runtime_of
@@ -128,7 +130,8 @@ class CGPUFeature:
         ArgumentTypeError, ArgumentValueError
             They are not integers or not one-dimensional, or no features are loaded.
         """
-        return self._loaded()[0].gather(n_id)
+        tiers, rows = self._loaded()
+        return _of_dtype(tiers.gather(n_id), rows.dtype)
 
     def take(self, n_id: Any) -> Any:
         """Return the rows of ids that a sampler made, as indexing does, without looking at the ids.
@@ -138,7 +141,8 @@ class CGPUFeature:
         n_id : int64 array [n]
             NumPy or, on a GPU, CuPy on this device; contiguous and in range, as the `n_id` of a sample is.
         """
-        return self._loaded()[0].take(n_id)
+        tiers, rows = self._loaded()
+        return _of_dtype(tiers.take(n_id), rows.dtype)
 
     def _loaded(self) -> tuple[Tiers, Array]:
         if self._tiers is None or self._rows is None:
@@ -207,6 +211,10 @@ class CGPUFeature:
             self._rows = self._rows.open()
         if self._rows is not None:
             self._tiers = self._make_tiers(self._rows)
+
+
+def _of_dtype(gathered: Any, dtype: np.dtype[Any]) -> Any:
+    return gathered if gathered.dtype == dtype else gathered.view(dtype)
 
 
 class _Mapped:

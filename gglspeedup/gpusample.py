@@ -7,10 +7,11 @@ import threading
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_count, check_sizes, device_ids, host_ids, on_cuda
+from gglspeedup.arguments import check_count, check_flag, check_sizes, device_ids, host_ids
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.interchange import on_cuda
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
 from gglspeedup.sampler_cpu import CpuSampler, Hop
 
@@ -80,10 +81,8 @@ class GPUSampler:
             raise ArgumentValueError(explain("placement", f"one of {_PLACEMENTS}", repr(placement), 'leave it "auto"'))
         if expand not in _EXPANSIONS:
             raise ArgumentValueError(explain("expand", f"one of {_EXPANSIONS}", repr(expand), 'leave it "layer"'))
-        if not isinstance(replace, bool):
-            raise ArgumentTypeError(explain("replace", "True or False", repr(replace), "pass a bool"))
         self.seed = check_count(seed, "seed", 0, 1 << 64)
-        self.replace = replace
+        self.replace = check_flag(replace, "replace")
         self.expand = expand
         self.placement = placement
         self._sizes = None if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)

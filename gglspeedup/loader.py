@@ -21,7 +21,7 @@ from gglspeedup.graph import CSRGraph, GraphLike, as_graph
 from gglspeedup.kernels.bounds import MAX_FANOUT, MAX_HOPS
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Batch:
     """What a model trains on in one step, as arrays of the loader's backend.
 
@@ -117,8 +117,8 @@ class NodeLoader(EpochLoader[Batch]):
 
     Notes
     -----
-    Every ``iter(loader)`` takes the next epoch, from 0; :meth:`set_epoch` says which comes next. Loaders may be
-    pickled into spawned processes, and several iterators of one may be open at once.
+    Every iterator takes the next epoch, from 0, with its first batch; :meth:`set_epoch` says which comes next. Loaders
+    may be pickled into spawned processes, and several iterators of one may be open at once.
 
     Examples
     --------
@@ -146,7 +146,7 @@ class NodeLoader(EpochLoader[Batch]):
             backend=backend, seed=seed, prefetch=prefetch, rank=rank, world_size=world_size,
         )  # fmt: skip
         self.device = device_for(backend, csr.device if isinstance(csr, GPUSampler) else device)
-        self.sampler = csr if isinstance(csr, GPUSampler) else GPUSampler(
+        self.graph_sampler = csr if isinstance(csr, GPUSampler) else GPUSampler(
             self.device, graph, seed=self.seed, replace=replace, expand=expand, placement=placement
         )  # fmt: skip
         self.features = rows_of(graph, self.device, x, "x", cache, policy)
@@ -174,7 +174,7 @@ class NodeLoader(EpochLoader[Batch]):
         [[0, 1, 2]]
         """
         other = copy.copy(self)
-        other._items = seed_ids(seeds, self.sampler.graph.num_nodes)
+        other._items = seed_ids(seeds, self.graph_sampler.graph.num_nodes)
         other.sizes = check_sizes([-1] * len(self.sizes) if sizes is None else sizes, MAX_FANOUT, MAX_HOPS)
         other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
         other.shuffle = other.drop_last = False
@@ -182,7 +182,7 @@ class NodeLoader(EpochLoader[Batch]):
         return other
 
     def _load(self, items: npt.NDArray[np.int64], number: int) -> _Loaded:
-        sampled = self.sampler.sample(items, number, sizes=self.sizes)
+        sampled = self.graph_sampler.sample(items, number, sizes=self.sizes)
         x = None if self.features is None else self.features.take(sampled.n_id)
         y = None if self.labels is None else self.labels.take(sampled.seeds)
         return _Loaded(sampled, x, y)

@@ -165,7 +165,7 @@ def test_labels_may_be_rows():
 def test_evaluation_takes_every_neighbour_in_order_and_shares_everything():
     made = loader()
     other = made.evaluation([5, 3, 9], batch_size=2)
-    assert other.sampler is made.sampler and other.features is made.features and other.labels is made.labels
+    assert other.graph_sampler is made.graph_sampler and other.features is made.features and other.labels is made.labels
     expected = loader(seeds=[5, 3, 9], sizes=[-1, -1], batch_size=2, shuffle=False)
     assert [content(batch)[:-1] for batch in other] == [content(batch)[:-1] for batch in expected]
     assert made.sizes == (4, 3) and len(made.dataset) == 101 and made.epoch == 0
@@ -177,7 +177,7 @@ def test_parts_already_made_are_shared():
     features = CGPUFeature(GRAPH, "cpu")
     features.from_cpu_tensor(X)
     made = NodeLoader(sampler, features, Y, seeds=SEEDS, sizes=[4, 3], batch_size=20)
-    assert made.sampler is sampler and made.features is features and str(made.device) == "cpu"
+    assert made.graph_sampler is sampler and made.features is features and str(made.device) == "cpu"
     batch = next(iter(made))
     expected = sampler.sample(batch.seeds, batch=0, sizes=[4, 3])
     np.testing.assert_array_equal(batch.n_id, expected.n_id)
@@ -218,14 +218,14 @@ def test_break_and_exceptions_leave_no_thread():
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_error_of_the_background_reaches_the_loop(prefetch, monkeypatch):
     made = loader(prefetch=prefetch)
-    sample = made.sampler.sample
+    sample = made.graph_sampler.sample
 
     def failing(seeds, number, **options):
         if number == 2:
             raise ValueError("broken batch")
         return sample(seeds, number, **options)
 
-    monkeypatch.setattr(made.sampler, "sample", failing)
+    monkeypatch.setattr(made.graph_sampler, "sample", failing)
     got = []
     with pytest.raises(ValueError, match="broken batch") as caught:
         got.extend(made)
@@ -274,13 +274,13 @@ def test_the_reader_and_the_thread_work_at_once():
     """While the reader has a batch, the next ones are made: shown by order of events, not by a clock."""
     made = loader(prefetch=2, batch_size=10)
     numbers: list[int] = []
-    sample = made.sampler.sample
+    sample = made.graph_sampler.sample
 
     def noted(seeds, number, **options):
         numbers.append(number)
         return sample(seeds, number, **options)
 
-    made.sampler.sample = noted  # type: ignore[method-assign]
+    made.graph_sampler.sample = noted  # type: ignore[method-assign]
     iterator = iter(made)
     next(iterator)
     deadline = time.monotonic() + 30

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gglspeedup.arguments import check_range, host_array, host_ids
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.interchange import is_numeric
 from gglspeedup.kernels.history import POSITION_BITS, stamp_of
 from gglspeedup.memory import BufferPool
 from gglspeedup.threads import announce_compilation, launching, numba
@@ -48,7 +49,7 @@ class HostTable:
         if given.shape != shape:
             remedy = "pass one row for each node that is written"
             raise ArgumentValueError(explain("values", f"shape {shape}", f"shape {given.shape}", remedy))
-        if given.dtype != self.rows.dtype and given.dtype.kind not in "biuf" and "float" not in given.dtype.name:
+        if not is_numeric(given.dtype) or given.dtype.kind == "c":
             remedy = "convert them first"
             raise ArgumentTypeError(explain("values", "real numbers", f"dtype {given.dtype}", remedy))
         if not keep and given.dtype == self.rows.dtype and given.flags.c_contiguous:
