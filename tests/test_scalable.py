@@ -20,22 +20,24 @@ with warnings.catch_warnings():
 
 
 class Gcn(Scalable, torch.nn.Module):
-    """A GCN of any depth that notes what each layer has put out."""
+    """A GCN of any depth that notes what each layer was given."""
 
     def __init__(self, widths: list[int], histories: HistoryStore | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.layers = torch.nn.ModuleList(GCNConv(*pair, normalize=False) for pair in itertools.pairwise(widths))
+        self.num_layers = len(self.layers)
         self.histories = histories
+        self.inputs: list[torch.Tensor] = []
+
+    def layer(self, index, x, batch, state):
+        self.inputs.append(x)
+        x = self.layers[index](x, batch.adj.edge_index, batch.edge_weight)
+        return x if index == self.num_layers - 1 else x.relu()
 
     def forward(self, batch):
-        x = batch.x
         self.inputs = []
-        for layer, convolution in enumerate(self.layers[:-1]):
-            x = convolution(x, batch.adj.edge_index, batch.edge_weight).relu()
-            x = self.push_and_pull(layer, x, batch)
-            self.inputs.append(x)
-        return self.layers[-1](x, batch.adj.edge_index, batch.edge_weight)[: batch.batch_size]
+        return self.all_layers(batch)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +95,22 @@ def test_as_many_passes_as_layers_are_exact(problem, depth):
     assert errors[-1] < 1e-5 < errors[0]
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4])
+@torch.no_grad()
+def test_inference_is_exact_whatever_the_histories_held(problem, depth):
+    expected = whole_outputs(problem, depth).numpy()
+    model = Gcn([9, *[8] * (depth - 1), 2], HistoryStore(240, [8] * max(1, depth - 1), "cpu"))
+    for table in model.histories:
+        table.push(np.full((240, 8), 99.0), np.arange(240))
+    for parts in (1, 4):
+        np.testing.assert_allclose(model.inference(loader(problem, parts).evaluation()), expected, atol=1e-5)
+    model.histories = HistoryStore(240, [8] * max(1, depth - 1), "cpu", dtype="float16")
+    np.testing.assert_allclose(model.inference(loader(problem, 4).evaluation()), expected, atol=1e-2)
+    model.histories = None
+    with pytest.raises(TypeError, match="histories needs a HistoryStore"):
+        model.inference(loader(problem, 2).evaluation())
+
+
 def test_gradients_flow_through_the_batchs_own_rows_alone(problem):
     model = Gcn([9, 8, 2], store(2))
     for batch in loader(problem, 2).evaluation():
@@ -116,7 +134,7 @@ def test_rows_pushed_are_the_layers_outputs(problem):
     model = Gcn([9, 8, 2], store(2))
     for batch in loader(problem, 2):
         model(batch)
-        own = model.inputs[0][: batch.batch_size].detach().numpy()
+        own = model.inputs[1][: batch.batch_size].detach().numpy()
         np.testing.assert_array_equal(model.histories[0].pull(batch.n_id[: batch.batch_size]), own)
         assert (model.histories.age(batch.n_id[: batch.batch_size]) == 0).all()
     assert model.histories.staleness().never == 0
