@@ -16,7 +16,8 @@ torch = ["torch>=2.1"]
 tensorflow = ["tensorflow-cpu>=2.16"]
 paddle = ["paddlepaddle>=3.0"]
 jax = ["jax>=0.4.30", "optax"]
-tensorlayerx = ["tensorlayerx>=0.5.8", "gammagl>=0.4.0", *tensorflow]  # TensorFlow is its default backend
+# TensorFlow is its default backend; GammaGL has no wheels for newer Pythons.
+tensorlayerx = ["tensorlayerx>=0.5.8", 'gammagl>=0.4.0; python_version < "3.12"', *tensorflow]
 pyg = [*torch, "torch-geometric>=2.5"]
 metis = ["pymetis>=2025.2"]
 lightning = [*pyg, "lightning>=2.2"]

@@ -20,7 +20,6 @@ from benchmarks.rounds import Contestant, machine, play, table
 
 OURS = ("torch", "serial", "tensorflow", "paddle", "tensorlayerx", "jax", "pyg")
 PEERS = ("pyg", "graphbolt", "gammagl", "paddle")
-OF_PEER_PYTHON = ("pyg", "graphbolt")
 
 
 def main() -> None:
@@ -36,8 +35,10 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=list(OURS))
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has pyg-lib, torch-sparse, dgl")
+    parser.add_argument("--gammagl-python", default=sys.executable, help="interpreter that has gammagl, with NumPy 1")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args()
+    interpreters = {**dict.fromkeys(("pyg", "graphbolt"), options.peer_python), "gammagl": options.gammagl_python}
     results = []
     print(f"{machine()}; gglspeedup {gglspeedup.__version__}, numpy {np.__version__}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +53,7 @@ def main() -> None:
             contestants = [
                 Contestant(
                     name,
-                    [options.peer_python if name in OF_PEER_PYTHON else sys.executable, "-m",
+                    [interpreters.get(name, sys.executable), "-m",
                      "benchmarks.loaders_contestants", name, folder, str(threads), options.fanouts,
                      str(options.batch_size), str(options.batches), str(options.width)],
                 )

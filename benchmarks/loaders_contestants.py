@@ -169,6 +169,9 @@ def gammagl(job: Job) -> tuple[str, Run]:
     x, y = tlx.convert_to_tensor(job.x), tlx.convert_to_tensor(job.y)
     edges = tlx.convert_to_tensor(job.edge_index())
     sampler = NeighborSampler(edges, job.fanouts, tlx.convert_to_tensor(job.order[:1]), num_nodes=len(job.x))
+    if not sum(adj.size[0] - adj.size[1] for adj in sampler.sample(job.order[: job.batch].tolist())[2]):
+        # Its compiled operators, made for NumPy 1, fill arrays with one number.
+        raise RuntimeError(f"it finds no neighbours under numpy {np.__version__}")
 
     def batches_of(seeds: np.ndarray) -> Iterable[Any]:
         # Its constructor sorts all edges: the sampler stays, and takes the seeds a batch at a time.
