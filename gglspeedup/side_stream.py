@@ -33,13 +33,35 @@ class SideStream:
         # Arrays are let go of whenever the garbage collector says so, by any thread: appending needs no lock.
         self._let_go: collections.deque[tuple[Any, Any]] = collections.deque()
 
+    def current(self) -> int:
+        """Return the calling thread's current CuPy stream, as a pointer."""
+        with self._cupy.cuda.Device(self.index):
+            return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def mark(self) -> Any:
+        """Mark this point of the calling thread's current CuPy stream."""
+        with self._cupy.cuda.Device(self.index):
+            return self._cupy.cuda.get_current_stream().record(self._cupy.cuda.Event(disable_timing=True))
+
     @contextlib.contextmanager
-    def filling(self) -> Iterator[None]:
-        """Make the stream current in this thread, with memory that respects the reader."""
+    def filling(self, after: Any = None) -> Iterator[None]:
+        """Make the stream current in this thread, with memory that respects the reader.
+
+        Parameters
+        ----------
+        after : cupy.cuda.Event, optional
+            What the stream waits for first.
+        """
         cuda = self._cupy.cuda
         with cuda.Device(self.index), self._stream, cuda.using_allocator(self._allocate):
+            if after is not None:
+                self._stream.wait_event(after)
             self._free()
             yield
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued on the stream is done."""
+        self._stream.synchronize()
 
     def record(self) -> Any:
         """Mark this point of the stream."""

@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 
 logger = logging.getLogger("gglspeedup")
 
-_NONE = np.uint64(0xFFFFFFFFFFFFFFFF)  # no bad id
+NO_BAD = np.uint64(0xFFFFFFFFFFFFFFFF)  # where kernels note the first bad id: none
 _CHUNK_BYTES = 1 << 26  # of hot rows that travel to the device in one go
 
 
@@ -43,7 +43,7 @@ class CudaTiers:
         with runtime.activate():
             self._counters = runtime.zeros(2, np.uint64)
             # Where the gather kernel notes bad ids: none, as they are checked before.
-            self._no_bad = runtime.to_device(np.full(1, _NONE))
+            self._no_bad = runtime.to_device(np.full(1, NO_BAD))
             count = len(rows) if self._row_bytes == 0 else min(len(rows), budget // self._row_bytes)
             self._hot, count = self._load_hot(order, count)
             # Where a node's row is in the hot tier; None if one tier has all rows, in the order of their nodes.
@@ -93,7 +93,7 @@ class CudaTiers:
         runtime = self._runtime
         ids = device_ids(n_id, "n_id", runtime)
         with runtime.activate():
-            self._check(ids)
+            check_device_ids(runtime, ids, len(self._rows), "n_id")
         return self.take(ids)
 
     def take(self, ids: Any) -> Any:
@@ -112,14 +112,6 @@ class CudaTiers:
             else:
                 self._gather(self._hot, self._slot, self._pinned.array, ids, out)
         return out
-
-    def _check(self, ids: Any) -> None:
-        bad = self._runtime.to_device(np.full(1, _NONE))
-        gather_gpu.check_ids(self._runtime, ids, len(self._rows), bad)
-        first = int(self._runtime.read(bad)[0])
-        if first != int(_NONE):
-            value = int(self._runtime.read(ids[first : first + 1])[0])
-            raise out_of_range("n_id", first, value, len(self._rows))
 
     def _gather(self, hot: Any, slot: Any, cold: Any, ids: Any, out: Any) -> None:
         rows = len(hot) if slot is None and hot is not None else len(self._rows)
@@ -155,3 +147,12 @@ class CudaTiers:
         if self._staged is not None:
             served.update(self._staged.rows_served())
         return served
+
+
+def check_device_ids(runtime: Runtime, ids: Any, bound: int, argument: str) -> None:
+    """Raise for the first of the int64 ids on the device that lies outside [0, bound); the host waits for it."""
+    bad = runtime.to_device(np.full(1, NO_BAD))
+    gather_gpu.check_ids(runtime, ids, bound, bad)
+    first = int(runtime.read(bad)[0])
+    if first != int(NO_BAD):
+        raise out_of_range(argument, first, int(runtime.read(ids[first : first + 1])[0]), bound)

@@ -204,6 +204,9 @@ class HostRuntime:
     def wait(self, event: Any) -> None:
         assert event is not None
 
+    def stream(self) -> int:
+        return 0
+
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         if self.refuse_pinning:
             raise PinningError("pinning is refused")

@@ -41,6 +41,8 @@ def contents(store: HistoryStore) -> list:
 class Interleavings(RuleBasedStateMachine):
     """Any order of pushes, pulls that wait, prefetches, ages, saves and restores."""
 
+    device: str | int = "cpu"
+
     @initialize(
         storage=st.sampled_from(STORAGES), dtype=st.sampled_from(DTYPES), pool_size=st.sampled_from([None, 1, 3]),
         buffer_size=st.sampled_from([None, 0, 2, 100]), slow=st.booleans(),
@@ -51,7 +53,8 @@ class Interleavings(RuleBasedStateMachine):
         self.folder = tempfile.TemporaryDirectory()
         options = {"path": f"{self.folder.name}/mapped"} if storage == "mmap" else {}
         self.store = HistoryStore(
-            NODES, DIMS, "cpu", storage=storage, dtype=dtype, pool_size=pool_size, buffer_size=buffer_size, **options
+            NODES, DIMS, self.device, storage=storage, dtype=dtype, pool_size=pool_size, buffer_size=buffer_size,
+            **options,
         )
         self.slow = slow
         self.tables = [naive.History(NODES, dim, history_file.numpy_dtype(dtype)) for dim in DIMS]
@@ -66,7 +69,7 @@ class Interleavings(RuleBasedStateMachine):
     def hold_up(self) -> None:
         """Keep the thread busy for a moment, so that what follows has to queue."""
         if self.slow:
-            self.store._lane.submit(threading.Event().wait and (lambda: threading.Event().wait(0.002)))
+            self.store._lane.submit(lambda: threading.Event().wait(0.002))
 
     @rule(table=st.sampled_from([0, 1]), n_id=st.lists(st.integers(0, NODES - 1), max_size=20))
     def push(self, table, n_id):
@@ -94,7 +97,7 @@ class Interleavings(RuleBasedStateMachine):
         got = self.store[table].pull(n_id)
         expected = self.tables[table].pull(n_id) if expected is None else expected
         assert got.dtype == expected.dtype and got.shape == expected.shape
-        assert got.tobytes() == expected.tobytes()
+        assert got.tobytes() == expected.tobytes()  # CuPy's arrays have it, too
 
     @rule(table=st.sampled_from([0, 1]), n_id=st.lists(st.integers(0, NODES - 1), max_size=20))
     def start_pull(self, table, n_id):

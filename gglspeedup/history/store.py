@@ -6,21 +6,24 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.arguments import check_count, host_ids
-from gglspeedup.device import Device, DeviceLike, host_free_bytes, parse_device
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, HistoryFileError, explain
+from gglspeedup.device import Device, DeviceLike, free_bytes, host_free_bytes, parse_device
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, HistoryFileError, explain
 from gglspeedup.history import history_file
 from gglspeedup.history.history_file import Header
 from gglspeedup.history.lane import Lane
-from gglspeedup.history.tables_cpu import HostTable
+from gglspeedup.history.lane_gpu import StreamLane
+from gglspeedup.history.tables_cpu import HostTable, empty_tables
 from gglspeedup.memory import BufferPool
+
+if TYPE_CHECKING:
+    from gglspeedup.history.tables_gpu import CudaTable
 
 Ids = npt.NDArray[np.int64]
 
@@ -41,12 +44,12 @@ class Staleness(NamedTuple):
 class PendingPull:
     """Rows that are being pulled; :meth:`wait` returns them."""
 
-    def __init__(self, future: Future[Any]) -> None:
-        self._future = future
+    def __init__(self, pending: Any, deliver: Callable[[Any], Any]) -> None:
+        self._pending, self._deliver = pending, deliver
 
     def wait(self) -> Any:
         """Return the rows, as :meth:`History.pull` does, once they are there."""
-        return self._future.result()
+        return self._deliver(self._pending.result())
 
 
 class _Common:
@@ -54,31 +57,33 @@ class _Common:
 
     Parameters
     ----------
+    lane : Lane or StreamLane
+        The order.
+    queues : bool
+        Whether every push is left to the lane, or only those that find it at work.
     header : Header
         Sizes, and the pushes so far.
     arrays : sequence of (stamps, rows)
-        Of each table.
+        Of each table, those of the file.
     path : str, optional
-        The file that the arrays are mapped to.
-    depth : int
-        The most pushes and pulls that wait.
+        The file that they are mapped to.
     """
 
-    def __init__(self, header: Header, arrays: Sequence[tuple[Any, Any]], path: str | None, depth: int) -> None:
-        self.lane = Lane(depth)
+    def __init__(
+        self, lane: Lane | StreamLane, queues: bool, header: Header, arrays: Sequence[tuple[Any, Any]], path: str | None
+    ) -> None:
+        self.lane, self.queues = lane, queues
         self.pushes = list(header.pushes)
-        # Writing to a file waits for its pages; memory is written at once, which is less work than a copy for later.
-        self.queues = path is not None
-        self.close = weakref.finalize(self, _close, self.lane, path, header, arrays, self.pushes)
+        self.close = weakref.finalize(self, _close, lane, path, header, arrays, self.pushes)
 
 
 class History:
     """One table of a store: a row for each node. Pulls see every push made before them, and none made after."""
 
-    def __init__(self, table: HostTable, common: _Common, index: int) -> None:
+    def __init__(self, table: HostTable | CudaTable, common: _Common, index: int) -> None:
         self._table, self._common, self._index = table, common, index
         self._lane = common.lane
-        self._ahead: tuple[Ids, PendingPull] | None = None
+        self._ahead: tuple[Any, PendingPull] | None = None
 
     @property
     def pushes(self) -> int:
@@ -133,7 +138,7 @@ class History:
             if n_id is None:
                 job = partial(table.push_ranges, kept, offset, count, number)
             else:
-                job = partial(table.push_rows, kept, np.array(ids) if queued else ids, number)
+                job = partial(table.push_rows, kept, ids.copy() if queued else ids, number)
             if queued:
                 self._lane.submit(job)
             else:
@@ -173,19 +178,19 @@ class History:
             They are no node ids, or out of range.
         """
         ids = self._table.ids(n_id)
-        if self._ahead is not None and np.array_equal(self._ahead[0], ids):
+        if self._ahead is not None and len(self._ahead[0]) == len(ids) and bool((self._ahead[0] == ids).all()):
             (_, pending), self._ahead = self._ahead, None
             return pending.wait()
-        return self._lane.run(lambda: self._table.pull(ids))
+        return self._table.deliver(self._lane.run(lambda: self._table.pull(ids)))
 
     def pull_async(self, n_id: Any) -> PendingPull:
         """Start a pull of rows as they are now, and return at once; ``wait()`` of the result returns them."""
-        ids = np.array(self._table.ids(n_id))
-        return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True))
+        ids = self._table.ids(n_id).copy()
+        return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True), self._table.deliver)
 
     def prefetch(self, n_id: Any) -> None:
         """Start a pull of rows as they are now; the next :meth:`pull` of these nodes returns what it brought."""
-        self._ahead = (np.array(self._table.ids(n_id)), self.pull_async(n_id))
+        self._ahead = (self._table.ids(n_id).copy(), self.pull_async(n_id))
 
     def _written(self, n_id: Any) -> Ids:
         ids = None if n_id is None else self._table.ids(n_id)
@@ -197,10 +202,13 @@ class History:
         written = self._written(n_id)
         return np.where(written == 0, -1, self.pushes - written)
 
-    @property
-    def arrays(self) -> tuple[Ids, Any]:
-        """Stamps and rows, as the background thread writes them."""
-        return self._table.stamps, self._table.rows
+    def dump(self) -> tuple[Ids, Any]:
+        """Return stamps and rows on the host; to be called in the lane."""
+        return self._table.dump()
+
+    def fill(self, stamps: Ids, rows: Any) -> None:
+        """Take stamps and rows of the host; to be called in the lane."""
+        self._table.fill(stamps, rows)
 
     def forget(self) -> None:
         """Drop what :meth:`prefetch` has brought."""
@@ -220,10 +228,10 @@ class HistoryStore:
     dims : sequence of int
         The width of each table: one a layer that keeps histories.
     device : str or int
-        ``"cpu"`` or ``"auto"``: histories live in host memory so far.
+        ``"cpu"``, a CUDA ordinal, ``"cuda:1"``, or ``"auto"``: what pulls return, and where rows may lie.
     storage : str
-        ``"device"``, ``"pinned"`` (both ordinary memory on the CPU), ``"mmap"`` (a file, which may be larger than the
-        memory), or ``"auto"``: memory if they fit, else the file.
+        ``"device"``, ``"pinned"`` host memory that the GPU reads and writes in place (both ordinary memory on the CPU),
+        ``"mmap"`` (a file, which may be larger than the memory), or ``"auto"``: the first of them that they fit.
     dtype : str
         ``"float32"``, ``"float16"`` or ``"bfloat16"``: how rows are stored, and what pulls return.
     path : path, optional
@@ -276,35 +284,35 @@ class HistoryStore:
             raise ArgumentValueError(explain("storage", f"one of {_STORAGES}", repr(storage), 'leave it "auto"'))
         if storage == "mmap" and path is None:
             raise ArgumentTypeError(explain("path", "the file of a memory-mapped store", "none", "pass path="))
-        self.device: Device = Device(None) if device == "auto" else parse_device(device)
-        if self.device.is_cuda:
-            got, remedy = str(self.device), 'pass device="cpu": pushes and pulls take arrays of a GPU as well'
-            raise DeviceError(explain("device", "the CPU, the one place for histories so far", got, remedy))
+        self.device: Device = parse_device(device)
         self._depth = 4 * len(self.dims) if pool_size is None else check_count(pool_size, "pool_size", 1)
         self._buffer_rows = 0 if buffer_size is None else check_count(buffer_size, "buffer_size", 0)
         self.storage = self._choose(storage, path)
         self.path = os.fspath(path) if self.storage == "mmap" and path is not None else None
         header = Header(self.num_nodes, self.dims, self.dtype, (0,) * len(self.dims))
-        if self.path is None:
-            kind = history_file.numpy_dtype(self.dtype)
-            arrays = [(np.zeros(num_nodes, np.int64), np.zeros((num_nodes, dim), kind)) for dim in self.dims]
-        else:
+        if self.path is not None:
             header, arrays = self._map(self.path, header)
-        self._start(header, arrays)
+            self._start(header, arrays)
+        else:
+            self._start(header)
 
     def _choose(self, storage: str, path: Any) -> str:
         if storage != "auto":
             return storage
         itemsize = history_file.numpy_dtype(self.dtype).itemsize
         need = sum(self.num_nodes * (8 + dim * itemsize) for dim in self.dims)
-        free = host_free_bytes()
-        if need <= _MEMORY_SHARE * free:
-            return "device"
+        places = {"device": free_bytes(self.device), "pinned": host_free_bytes()} if self.device.is_cuda else {
+            "device": host_free_bytes()
+        }  # fmt: skip
+        for place, free in places.items():
+            if need <= _MEMORY_SHARE * free:
+                return place
+        free_text = f"{max(places.values()) / 2**30:.2f} GiB"
         if path is None:
             remedy = "pass path= to keep them in a file, or store float16"
             needs = f"{need / 2**30:.2f} GiB for histories"
-            raise ArgumentValueError(explain("storage", needs, f"{free / 2**30:.2f} GiB of free memory", remedy))
-        logger.info("histories of %.2f GiB are kept in %s: %.2f GiB are free", need / 2**30, path, free / 2**30)
+            raise ArgumentValueError(explain("storage", needs, f"{free_text} of free memory", remedy))
+        logger.info("histories of %.2f GiB are kept in %s: %s are free", need / 2**30, path, free_text)
         return "mmap"
 
     def _map(self, path: str, header: Header) -> tuple[Header, list[Any]]:
@@ -315,16 +323,26 @@ class HistoryStore:
         history_file.mark(path, found, in_use=True)
         return found, history_file.tables(path, found, "r+")
 
-    def _start(self, header: Header, arrays: Sequence[tuple[Any, Any]]) -> None:
+    def _start(self, header: Header, arrays: Sequence[tuple[Any, Any]] = ()) -> None:
+        """Make the tables: of the arrays of a file, or in memory, of zeros."""
         pool = BufferPool()
         widest = max(self.dims) * history_file.numpy_dtype(self.dtype).itemsize
         made = [pool.empty((self._buffer_rows * widest,), np.uint8) for _ in range(self._depth)]
         del made  # they go back to the pool, to be used again
-        self._common = _Common(header, arrays, self.path, self._depth)
-        self._lane = self._common.lane
-        self._tables = [
-            History(HostTable(stamps, rows, pool), self._common, index) for index, (stamps, rows) in enumerate(arrays)
-        ]
+        tables: list[HostTable | CudaTable]
+        lane: Lane | StreamLane = Lane(self._depth)
+        # Writing to a file waits for its pages; memory is written at once, which is less work than a copy for later.
+        queues = self.path is not None
+        if self.device.is_cuda:
+            from gglspeedup.history.place import cuda_tables
+
+            tables, stream = cuda_tables(self.device, self.storage, header, arrays, pool)
+            lane, queues = (lane if stream is None else stream), True
+        else:
+            tables = [HostTable(stamps, rows, pool) for stamps, rows in arrays or empty_tables(header)]
+        self._common = _Common(lane, queues, header, arrays, self.path)
+        self._lane = lane
+        self._tables = [History(table, self._common, index) for index, table in enumerate(tables)]
 
     def __getitem__(self, table: int) -> History:
         """Return a table."""
@@ -389,8 +407,7 @@ class HistoryStore:
             raise ArgumentValueError(explain("path", "another file", "the store's own", "name a file for the copy"))
         with self._lane.lock:
             header = self._header()
-            arrays = [table.arrays for table in self._tables]
-            self._lane.run(lambda: history_file.write(target, header, arrays))
+            self._lane.run(lambda: history_file.write(target, header, [table.dump() for table in self._tables]))
 
     def restore(self, path: str | os.PathLike[str]) -> None:
         """Take the rows and ages of a file that :meth:`save` has written.
@@ -412,8 +429,7 @@ class HistoryStore:
 
     def _copy(self, saved: Sequence[tuple[Any, Any]]) -> None:
         for table, (stamps, rows) in zip(self._tables, saved, strict=True):
-            table.arrays[0][...] = stamps
-            table.arrays[1][...] = rows
+            table.fill(stamps, rows)
 
     @classmethod
     def load(
@@ -453,15 +469,16 @@ class HistoryStore:
             needs, got = "one process for a mapped file", "a store to be pickled"
             raise ArgumentValueError(explain("store", needs, got, "save() it, and load() it in the other process"))
         with self._lane.lock:
-            self._lane.drain()
             state = {name: value for name, value in self.__dict__.items() if name[0] != "_" or name in _PICKLED}
-            return {**state, "header": self._header(), "arrays": [table.arrays for table in self._tables]}
+            saved = self._lane.run(lambda: [table.dump() for table in self._tables])
+            return {**state, "header": self._header(), "saved": saved}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        header, arrays = state.pop("header"), state.pop("arrays")
+        header, saved = state.pop("header"), state.pop("saved")
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
-        self._start(header, arrays)
+        self._start(header)
+        self._lane.run(lambda: self._copy(saved))
 
 
 _PICKLED = ("_depth", "_buffer_rows")
@@ -484,7 +501,7 @@ def _same_sizes(path: str, found: Header, wanted: Header) -> None:
 
 
 def _close(
-    lane: Lane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Sequence[int]
+    lane: Lane | StreamLane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Sequence[int]
 ) -> None:
     lane.close()
     if path is None or not lane.ours:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from gglspeedup.arguments import check_range, host_array, host_ids
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.history.history_file import Header, numpy_dtype
 from gglspeedup.interchange import is_numeric
 from gglspeedup.kernels.history import POSITION_BITS, stamp_of
 from gglspeedup.memory import BufferPool
@@ -46,12 +47,7 @@ class HostTable:
         """Return values as rows of this table's dtype, checked; a copy if they are to be kept for later."""
         given = host_array(values, "values")
         shape = (count, self.rows.shape[1])
-        if given.shape != shape:
-            remedy = "pass one row for each node that is written"
-            raise ArgumentValueError(explain("values", f"shape {shape}", f"shape {given.shape}", remedy))
-        if not is_numeric(given.dtype) or given.dtype.kind == "c":
-            remedy = "convert them first"
-            raise ArgumentTypeError(explain("values", "real numbers", f"dtype {given.dtype}", remedy))
+        check_values(given, shape)
         if not keep and given.dtype == self.rows.dtype and given.flags.c_contiguous:
             return given
         staged = self._pool.empty(shape, self.rows.dtype)
@@ -87,7 +83,36 @@ class HostTable:
             gather_rows(self.rows.ctypes.data, ids, out.ctypes.data, self._row_bytes)
         return out
 
+    def deliver(self, rows: Array) -> Any:
+        """Return pulled rows as the caller gets them."""
+        return rows
+
+    def dump(self) -> tuple[Ids, Array]:
+        """Return stamps and rows, not copied."""
+        return self.stamps, self.rows
+
+    def fill(self, stamps: Ids, rows: Array) -> None:
+        """Take stamps and rows."""
+        self.stamps[...] = stamps
+        self.rows[...] = rows
+
     def written(self, ids: Ids | None) -> Ids:
         """Return the number of the push that wrote each row last, 0 for never."""
         stamps = np.asarray(self.stamps if ids is None else self.stamps[ids])
         return stamps >> POSITION_BITS
+
+
+def check_values(given: Any, shape: tuple[int, int]) -> None:
+    """Raise unless an array has the shape of rows to be written, and real numbers."""
+    if given.shape != shape:
+        remedy = "pass one row for each node that is written"
+        raise ArgumentValueError(explain("values", f"shape {shape}", f"shape {given.shape}", remedy))
+    if not is_numeric(given.dtype) or given.dtype.kind == "c":
+        remedy = "convert them first"
+        raise ArgumentTypeError(explain("values", "real numbers", f"dtype {given.dtype}", remedy))
+
+
+def empty_tables(header: Header) -> list[tuple[Ids, Array]]:
+    """Return stamps and rows of zeros for each table, in memory."""
+    kind = numpy_dtype(header.dtype)
+    return [(np.zeros(header.num_nodes, np.int64), np.zeros((header.num_nodes, dim), kind)) for dim in header.dims]

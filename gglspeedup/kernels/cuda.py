@@ -91,6 +91,9 @@ class Runtime(Protocol):
     def wait(self, event: Any) -> None:
         """Let what is enqueued from now on wait for a mark, without the host waiting."""
 
+    def stream(self) -> int:
+        """Return the current stream's pointer, for launchers that are not CuPy's; 0 is the default stream."""
+
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         """Pin a host array where it is and return it as a device array. Raises PinningError."""
 
@@ -289,6 +292,10 @@ class CudaRuntime:
     def wait(self, event: Any) -> None:
         """Let the current stream wait for an event."""
         self._cupy.cuda.get_current_stream().wait_event(event)
+
+    def stream(self) -> int:
+        """Return the current stream's pointer; 0 is the default stream."""
+        return int(self._cupy.cuda.get_current_stream().ptr)
 
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         """Pin a host array where it is and return it as a CuPy array that kernels read over the bus.

@@ -1,0 +1,66 @@
+"""Where history tables lie that serve a GPU: in its memory, pinned on the host, or staged by the CPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from gglspeedup.device import Device
+from gglspeedup.history.history_file import Header
+from gglspeedup.history.lane_gpu import StreamLane
+from gglspeedup.history.tables_cpu import HostTable, empty_tables
+from gglspeedup.history.tables_gpu import CudaTable, StagedTable
+from gglspeedup.kernels.cuda import PinningError, Runtime
+from gglspeedup.memory import BufferPool
+from gglspeedup.placement import runtime_of
+from gglspeedup.side_stream import SideStream
+
+logger = logging.getLogger("gglspeedup")
+
+
+def cuda_tables(
+    device: Device, storage: str, header: Header, arrays: Sequence[tuple[Any, Any]], pool: BufferPool
+) -> tuple[list[HostTable | CudaTable], StreamLane | None]:
+    """Return the tables of a store, and their lane if it is a stream.
+
+    Parameters
+    ----------
+    device : Device
+        A CUDA device.
+    storage : str
+        ``"device"``, ``"pinned"`` or ``"mmap"``. Out of GPU memory, or of memory that can be pinned, the next tier
+        serves, with a warning.
+    header : Header
+        The sizes.
+    arrays : sequence of (stamps, rows)
+        Of a file, for ``"mmap"``.
+    pool : BufferPool
+        Of host memory.
+    """
+    runtime = runtime_of(device)
+    tables = None if storage == "mmap" else tables_on(runtime, storage, header)
+    if tables is not None:
+        return list(tables), StreamLane(SideStream(runtime.index))
+    return [StagedTable(stamps, rows, pool, runtime) for stamps, rows in arrays or empty_tables(header)], None
+
+
+def tables_on(runtime: Runtime, storage: str, header: Header) -> list[CudaTable] | None:
+    """Return tables of zeros that kernels write and read in place; None if there is no such memory."""
+    with runtime.activate():
+        if storage == "device":
+            try:
+                return [
+                    CudaTable(runtime, runtime.zeros(stamps.shape, stamps.dtype), runtime.zeros(rows.shape, rows.dtype))
+                    for stamps, rows in empty_tables(header)
+                ]
+            except MemoryError as error:  # CuPy's OutOfMemoryError is one
+                logger.warning("histories do not fit into GPU memory (%s); keeping them in pinned host memory", error)
+        try:
+            return [
+                CudaTable(runtime, runtime.zeros(stamps.shape, stamps.dtype), runtime.pinned_view(rows).array)
+                for stamps, rows in empty_tables(header)
+            ]
+        except (PinningError, MemoryError) as error:
+            logger.warning("%s; until then histories are read and written by the CPU, and copied", error)
+            return None
