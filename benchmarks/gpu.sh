@@ -32,9 +32,9 @@ status=0
     echo "## Tests on the device"
     echo
     echo '```'
-    timeout 200 "$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors tests/test_gpu.py tests/test_cuda_sample.py \
-        tests/test_cuda_gather.py tests/test_errors.py tests/test_interchange.py tests/test_subgraphs.py \
-        tests/test_history_gpu.py 2>&1 | tail -25
+    timeout 200 "$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors \
+        tests/test_gpu.py tests/test_cuda_sample.py tests/test_cuda_gather.py tests/test_errors.py \
+        tests/test_interchange.py tests/test_subgraphs.py tests/test_history_gpu.py 2>&1 | tail -25
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
     echo
