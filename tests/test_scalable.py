@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import warnings
 
@@ -11,6 +12,7 @@ import torch
 from conftest import random_graph
 
 from gglspeedup import HistoryStore, SubgraphLoader, partition, permute
+from gglspeedup.adapters import scalable
 from gglspeedup.adapters.scalable import Scalable
 from gglspeedup.normalise import symmetric_normalisation
 
@@ -167,3 +169,8 @@ def test_arrays_of_no_framework_are_refused(problem):
     batch = next(iter(loader(problem, 2)))
     with pytest.raises(TypeError, match="x needs a tensor of a framework"):
         Gcn([9, 8, 2], store(2)).push_and_pull(0, [[0.0] * 8] * 240, batch)
+
+
+def test_the_examples_run():
+    results = doctest.testmod(scalable)
+    assert results.attempted > 0 and results.failed == 0
