@@ -94,6 +94,15 @@ def check_contract() -> None:
     assert visited != nodes.tolist() and sorted(visited) == sorted(nodes.tolist())
 
 
+def check_examples() -> None:
+    import doctest
+
+    from gglspeedup.adapters import gammagl
+
+    results = doctest.testmod(gammagl)
+    assert results.attempted > 0 and results.failed == 0, results
+
+
 def check_epochs() -> None:
     def make(**options: Any) -> Any:
         return sampler(tensor(random_edges()), [3, 4], batch_size=8, shuffle=True, **options)

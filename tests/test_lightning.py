@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import itertools
 import pickle
 import subprocess
@@ -32,6 +33,7 @@ from lightning_training import (
 from torch.nn import functional
 
 from gglspeedup import CGPUFeature, GGLSpeedupError, GPUSampler, HistoryStore, NodeLoader
+from gglspeedup.adapters import lightning as adapter
 from gglspeedup.adapters.lightning import HistoryCallback, NodeDataModule
 
 pytestmark = [
@@ -465,3 +467,8 @@ def test_bad_history_arguments(tmp_path):
     two: list[Callback] = [HistoryCallback(store), HistoryCallback(Store())]
     with pytest.raises(GGLSpeedupError, match=r"^callbacks needs one HistoryCallback"):
         trainer(tmp_path, callbacks=two).fit(Sage(), datamodule=node_data())
+
+
+def test_the_examples_run():
+    results = doctest.testmod(adapter)
+    assert results.attempted > 0 and results.failed == 0
