@@ -123,7 +123,7 @@ class GCN(_Model):
     """Graph convolutional network: GCNConv, with ReLU in between; the last layer is not regularised.
 
     Batches carry the weights of :func:`gglspeedup.normalise.symmetric_normalisation`; without any, each edge weighs 1.
-    As for all models here, ``batch.x`` may be sparse CSR, but for :meth:`inference`: only stored values are dropped.
+    As for all models here, ``batch.x`` may be sparse CSR, of which only stored values are dropped.
 
     Parameters
     ----------

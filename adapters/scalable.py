@@ -11,7 +11,7 @@ from gglspeedup.adapters import backend
 from gglspeedup.arguments import host_array, host_ids
 from gglspeedup.errors import ArgumentTypeError, explain
 from gglspeedup.history.store import HistoryStore
-from gglspeedup.interchange import as_array, framework_of
+from gglspeedup.interchange import framework_of
 
 
 class Scalable:
@@ -165,14 +165,14 @@ class Scalable:
         store = self.histories
         if store is None:
             raise ArgumentTypeError(explain("histories", "a HistoryStore", "None", "set one, or call the model"))
-        out = None
+        out, none = None, None
         for index in range(self.num_layers):
             for batch in loader:
                 x = batch.x
                 if index:
-                    adapter = backend(framework_of(batch.n_id) or "numpy")
-                    pulled = store[index - 1].pull(batch.n_id)
-                    x = adapter.to_framework(pulled.astype(as_array(x).dtype, copy=False))
+                    # In the dtype of the last layer's output, which need not be that of the histories.
+                    adapter = backend(framework_of(none) or "numpy")
+                    x = adapter.concatenate(none, adapter.to_framework(store[index - 1].pull(batch.n_id)))
                 rows = self.layer(index, x, batch, {})[: batch.batch_size]
                 if index < self.num_layers - 1:
                     store[index].push(rows, offset=batch.offset, count=batch.count)
@@ -181,4 +181,5 @@ class Scalable:
                 if out is None:
                     out = np.zeros((store.num_nodes, *last.shape[1:]), last.dtype)
                 out[host_ids(batch.n_id, "n_id")[: batch.batch_size]] = last
+            none = rows[:0]
         return out

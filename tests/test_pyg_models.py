@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import itertools
 
@@ -339,6 +340,16 @@ def test_sparse_features_equal_dense_ones(problem, edges, name):
     assert_close([ours[0], *ours[1]], [expected[0], *expected[1]])
     model = make(name, 0.5)
     assert not torch.equal(trained(model, [batch])[0], trained(model, [batch], seed=2)[0])
+
+
+@torch.no_grad()
+def test_inference_takes_sparse_features(problem):
+    model = make("gcn").eval()
+    model.histories = store(model, dtype="float16")
+    batches = loader(problem, 2)
+    expected = model.inference(batches)
+    sparse = [dataclasses.replace(batch, x=batch.x.to_sparse_csr()) for batch in batches]
+    np.testing.assert_allclose(model.inference(sparse), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gcn", "gat", "appnp", "gcnii", "gin", "pna", "pna_jk"])
