@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_count, host_ids
+from gglspeedup.arguments import check_count
 from gglspeedup.device import Device, DeviceLike, free_bytes, host_free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, HistoryFileError, explain
 from gglspeedup.history import history_file
 from gglspeedup.history.history_file import Header
 from gglspeedup.history.lane import Lane
 from gglspeedup.history.lane_gpu import StreamLane
+from gglspeedup.history.table import Common, History
 from gglspeedup.history.tables_cpu import HostTable, empty_tables
 from gglspeedup.memory import BufferPool
 
@@ -39,183 +38,6 @@ class Staleness(NamedTuple):
     mean: float
     largest: int
     never: int
-
-
-class PendingPull:
-    """Rows that are being pulled; :meth:`wait` returns them."""
-
-    def __init__(self, pending: Any, deliver: Callable[[Any], Any]) -> None:
-        self._pending, self._deliver = pending, deliver
-
-    def wait(self) -> Any:
-        """Return the rows, as :meth:`History.pull` does, once they are there."""
-        return self._deliver(self._pending.result())
-
-
-class _Common:
-    """What the tables of a store share: the order of pushes and pulls, and the file. Closed when the last is gone.
-
-    Parameters
-    ----------
-    lane : Lane or StreamLane
-        The order.
-    queues : bool
-        Whether every push is left to the lane, or only those that find it at work.
-    header : Header
-        Sizes, and the pushes so far.
-    arrays : sequence of (stamps, rows)
-        Of each table, those of the file.
-    path : str, optional
-        The file that they are mapped to.
-    """
-
-    def __init__(
-        self, lane: Lane | StreamLane, queues: bool, header: Header, arrays: Sequence[tuple[Any, Any]], path: str | None
-    ) -> None:
-        self.lane, self.queues = lane, queues
-        self.pushes = list(header.pushes)
-        self.close = weakref.finalize(self, _close, lane, path, header, arrays, self.pushes)
-
-
-class History:
-    """One table of a store: a row for each node. Pulls see every push made before them, and none made after."""
-
-    def __init__(self, table: HostTable | CudaTable, common: _Common, index: int) -> None:
-        self._table, self._common, self._index = table, common, index
-        self._lane = common.lane
-        self._ahead: tuple[Any, PendingPull] | None = None
-
-    @property
-    def pushes(self) -> int:
-        """The number of pushes so far."""
-        return self._common.pushes[self._index]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Nodes, and the width of a row."""
-        nodes, dim = self._table.rows.shape
-        return nodes, dim
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """What rows are stored as."""
-        return self._table.rows.dtype
-
-    def push(self, values: Any, n_id: Any = None, *, offset: Any = None, count: Any = None) -> None:
-        """Write rows.
-
-        Parameters
-        ----------
-        values : array or tensor [n, dim]
-            Of any framework and any real dtype; taken as they are now, so the caller may change them at once.
-        n_id : int array-like or tensor [n], optional
-            The rows' nodes; of repeated ids the last row stays.
-        offset, count : int array-like, optional
-            Instead of `n_id`: the first nodes and the lengths of contiguous ranges, n nodes in all.
-
-        Raises
-        ------
-        ArgumentIndexError
-            A node is out of range.
-        ArgumentTypeError, ArgumentValueError
-            The values' shape or dtype does not fit, or neither or both of `n_id` and ranges are given.
-        """
-        if (n_id is None) == (offset is None) or (offset is None) != (count is None):
-            remedy = "call push(values, n_id) or push(values, offset=[...], count=[...])"
-            raise ArgumentTypeError(explain("n_id", "to be given, or offset and count", "another combination", remedy))
-        table = self._table
-        if n_id is not None:
-            ids = table.ids(n_id)
-            rows = len(ids)
-        else:
-            offset, count = self._ranges(offset, count)
-            rows = int(count.sum())
-        with self._lane.lock:
-            queued = self._common.queues or self._lane.busy
-            kept = table.values(values, rows, keep=queued)
-            number = self.pushes + 1
-            job: Callable[[], None]
-            if n_id is None:
-                job = partial(table.push_ranges, kept, offset, count, number)
-            else:
-                job = partial(table.push_rows, kept, ids.copy() if queued else ids, number)
-            if queued:
-                self._lane.submit(job)
-            else:
-                self._lane.run(job)
-            self._common.pushes[self._index] = number
-
-    def _ranges(self, offset: Any, count: Any) -> tuple[Ids, Ids]:
-        begins, lengths = np.array(host_ids(offset, "offset")), np.array(host_ids(count, "count"))
-        if len(begins) != len(lengths):
-            needs = f"a length for each of {len(begins)} ranges"
-            raise ArgumentValueError(explain("count", needs, f"{len(lengths)}", "pass lists of the same length"))
-        bad = np.flatnonzero((begins < 0) | (lengths < 0) | (lengths > self.shape[0] - begins))
-        if len(bad):
-            first, nodes = int(bad[0]), self.shape[0]
-            got = f"{begins[first]} and {lengths[first]} at position {first}"
-            remedy = "check that ranges and store belong together"
-            raise ArgumentValueError(explain("offset and count", f"ranges within 0 to {nodes}", got, remedy))
-        return begins, lengths
-
-    def pull(self, n_id: Any) -> Any:
-        """Return rows.
-
-        Parameters
-        ----------
-        n_id : int array-like or tensor [n]
-            Nodes, also repeated. If they are those of the last :meth:`HistoryStore.prefetch`, what it brought is
-            returned.
-
-        Returns
-        -------
-        array [n, dim]
-            Of the store's dtype: zeros where nothing was pushed. A buffer of its own, 64-byte aligned.
-
-        Raises
-        ------
-        ArgumentTypeError, ArgumentValueError, ArgumentIndexError
-            They are no node ids, or out of range.
-        """
-        ids = self._table.ids(n_id)
-        if self._ahead is not None and len(self._ahead[0]) == len(ids) and bool((self._ahead[0] == ids).all()):
-            (_, pending), self._ahead = self._ahead, None
-            return pending.wait()
-        return self._table.deliver(self._lane.run(lambda: self._table.pull(ids)))
-
-    def pull_async(self, n_id: Any) -> PendingPull:
-        """Start a pull of rows as they are now, and return at once; ``wait()`` of the result returns them."""
-        ids = self._table.ids(n_id).copy()
-        return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True), self._table.deliver)
-
-    def prefetch(self, n_id: Any) -> None:
-        """Start a pull of rows as they are now; the next :meth:`pull` of these nodes returns what it brought."""
-        self._ahead = (self._table.ids(n_id).copy(), self.pull_async(n_id))
-
-    def _written(self, n_id: Any) -> Ids:
-        ids = None if n_id is None else self._table.ids(n_id)
-        written: Ids = self._lane.run(lambda: self._table.written(ids))
-        return written
-
-    def age(self, n_id: Any = None) -> Ids:
-        """Return how many pushes ago each row was written, int64; -1 for never. Of all nodes if none are given."""
-        written = self._written(n_id)
-        return np.where(written == 0, -1, self.pushes - written)
-
-    def dump(self) -> tuple[Ids, Any]:
-        """Return stamps and rows on the host; to be called in the lane."""
-        return self._table.dump()
-
-    def fill(self, stamps: Ids, rows: Any) -> None:
-        """Take stamps and rows of the host; to be called in the lane."""
-        self._table.fill(stamps, rows)
-
-    def forget(self) -> None:
-        """Drop what :meth:`prefetch` has brought."""
-        self._ahead = None
-
-    def __repr__(self) -> str:
-        return f"History(shape={self.shape}, dtype={self.dtype}, {self.pushes} pushes)"
 
 
 class HistoryStore:
@@ -340,7 +162,7 @@ class HistoryStore:
             lane, queues = (lane if stream is None else stream), True
         else:
             tables = [HostTable(stamps, rows, pool) for stamps, rows in arrays or empty_tables(header)]
-        self._common = _Common(lane, queues, header, arrays, self.path)
+        self._common = Common(lane, queues, header, arrays, self.path)
         self._lane = lane
         self._tables = [History(table, self._common, index) for index, table in enumerate(tables)]
 
@@ -498,17 +320,3 @@ def _same_sizes(path: str, found: Header, wanted: Header) -> None:
         got = f"{found.num_nodes} nodes, dims {list(found.dims)} and {found.dtype} in {path!r}"
         needs = f"a file of {wanted.num_nodes} nodes, dims {list(wanted.dims)} and {wanted.dtype}"
         raise HistoryFileError(explain("path", needs, got, "name another file, or the sizes that it has"))
-
-
-def _close(
-    lane: Lane | StreamLane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Sequence[int]
-) -> None:
-    lane.close()
-    if path is None or not lane.ours:
-        return
-    for pair in arrays:
-        for array in pair:
-            if isinstance(array, np.memmap):
-                array.flush()
-    # Last: until all rows are on the disk, the file says that it was not closed.
-    history_file.mark(path, header._replace(pushes=tuple(pushes)), in_use=False)
