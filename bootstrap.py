@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Sets up an environment in `.venv` and runs a demo or the tests in it.
 
-    python3 bootstrap.py demo [framework] [options of the demo]
+    python3 bootstrap.py demo [name] [options of the demo]
     python3 bootstrap.py test [options of pytest]
 
-The frameworks are torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax.
+The demos are GraphSAGE in torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax, and gas:
+GNNAutoScale's small benchmark.
 
 It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
 again, so a second call starts at once.
@@ -34,8 +35,9 @@ EXTRAS = {
     "paddle": "paddle",
     "tensorlayerx": "tensorlayerx",
     "jax": "jax",
+    "gas": "pyg,metis",
 }
-WITH_TORCH = ("torch", "pyg", "lightning")
+WITH_TORCH = ("torch", "pyg", "lightning", "gas")
 USAGE = f"usage: python3 bootstrap.py demo [{'|'.join(EXTRAS)}] [options of the demo] | test [options of pytest]"
 
 
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Return the job, ``test`` or the framework of a demo, and the options to pass on; no job if there is none such."""
+    """Return the job, ``test`` or the name of a demo, and the options to pass on; no job if there is none such."""
     job, options = (arguments[0] if arguments else None), list(arguments[1:])
     if job == "demo":
         job = "torch" if not options or options[0].startswith("-") else options.pop(0)
@@ -82,7 +84,8 @@ def check_python(version: tuple[int, ...]) -> None:
 def commands(job: str, python: Path, options: Sequence[str]) -> list[list[str]]:
     """Return what a job runs, in order."""
     if job != "test":
-        return [[str(python), str(ROOT / "demo" / f"sage_{job}.py"), *options]]
+        program = "gas_small.py" if job == "gas" else f"sage_{job}.py"
+        return [[str(python), str(ROOT / "demo" / program), *options]]
     return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], ["pytest", *options])]
 
 
