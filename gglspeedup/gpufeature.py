@@ -140,6 +140,16 @@ class CGPUFeature:
         ----------
         n_id : int64 array [n]
             NumPy or, on a GPU, CuPy on this device; contiguous and in range, as the `n_id` of a sample is.
+
+        Returns
+        -------
+        array [n] or [n, F]
+            As indexing returns it.
+
+        Raises
+        ------
+        ArgumentValueError
+            No features are loaded.
         """
         tiers, rows = self._loaded()
         return _of_dtype(tiers.take(n_id), rows.dtype)

@@ -167,13 +167,27 @@ class History:
         return self._table.deliver(self._lane.run(lambda: self._table.pull(ids)))
 
     def pull_async(self, n_id: Any) -> PendingPull:
-        """Start a pull of rows as they are now, and return at once; ``wait()`` of the result returns them."""
-        ids = self._table.ids(n_id).copy()
+        """Start a pull of rows as they are now, and return at once.
+
+        Parameters
+        ----------
+        n_id : int array-like or tensor [n]
+            Nodes, also repeated; errors are those of :meth:`pull`.
+
+        Returns
+        -------
+        PendingPull
+            Its ``wait()`` returns the rows, as :meth:`pull` does.
+        """
+        return self._start_pull(self._table.ids(n_id).copy())
+
+    def _start_pull(self, ids: Any) -> PendingPull:
         return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True), self._table.deliver)
 
     def prefetch(self, n_id: Any) -> None:
         """Start a pull of rows as they are now; the next :meth:`pull` of these nodes returns what it brought."""
-        self._ahead = (self._table.ids(n_id).copy(), self.pull_async(n_id))
+        ids = self._table.ids(n_id).copy()
+        self._ahead = (ids, self._start_pull(ids))
 
     def _written(self, n_id: Any) -> Ids:
         ids = None if n_id is None else self._table.ids(n_id)
