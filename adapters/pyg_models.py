@@ -17,7 +17,7 @@ import torch
 from torch.nn import Linear, ModuleList, functional
 
 from gglspeedup.adapters import backend
-from gglspeedup.adapters.scalable import Scalable
+from gglspeedup.adapters.recompute import Recomputed
 from gglspeedup.arguments import check_count, check_flag, host_array
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 
@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 _SPARSE_PRODUCTS = torch.backends.mkl.is_available()  # of CSR matrices and their transposes, on a CPU
 
 
-class _Model(Scalable, torch.nn.Module):  # type: ignore[misc]
+class _Model(Recomputed, torch.nn.Module):  # type: ignore[misc]
     """What the models share.
 
     Attributes
@@ -377,10 +377,18 @@ class PNA(_Model):
 class PNAJK(PNA):
     """:class:`PNA` with jumping knowledge: the last linear layer sees the outputs of all layers, and the first's input.
 
-    Where layers are run one by one, as :meth:`inference` does, earlier outputs come from the histories.
+    Where layers are run one by one, as :meth:`inference` does, earlier outputs come from the histories. As all outputs
+    are kept for the last layer, there is no :attr:`recompute`.
     """
 
     _jumps = True
+
+    def all_layers(self, batch: Any) -> Any:
+        """Return the last layer's output for a batch's own nodes."""
+        if self.recompute:
+            needs, remedy = "a model whose layers see one other", "leave it False for PNAJK"
+            raise ArgumentValueError(explain("recompute", needs, "one with jumping knowledge", remedy))
+        return super().all_layers(batch)
 
     def layer(self, index: int, x: Any, batch: Any, state: dict[str, Any]) -> Any:
         """Return a layer's output, as :meth:`Scalable.layer` does."""

@@ -112,6 +112,10 @@ class Scalable:
         if self.histories is not None and len(batch.n_id) > batch.batch_size:
             self.histories.prefetch(batch.n_id[batch.batch_size :])
 
+    def _start_pulls(self, batch: Any) -> None:
+        if self.histories is not None and self.histories.storage != "device":
+            self.prefetch(batch)
+
     def layer(self, index: int, x: Any, batch: Any, state: dict[str, Any]) -> Any:
         """Return one layer's output for the rows of a batch: to be defined by models that call what follows.
 
@@ -135,7 +139,11 @@ class Scalable:
         raise NotImplementedError
 
     def all_layers(self, batch: Any) -> Any:
-        """Return the last layer's output for a batch's own nodes; histories are pushed and pulled in between."""
+        """Return the last layer's output for a batch's own nodes; histories are pushed and pulled in between.
+
+        Pulls from histories outside the device are started before the first layer.
+        """
+        self._start_pulls(batch)
         x, state = batch.x, dict[str, Any]()
         for index in range(self.num_layers - 1):
             x = self.push_and_pull(index, self.layer(index, x, batch, state), batch)

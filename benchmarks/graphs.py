@@ -46,6 +46,23 @@ def products_like(nodes: int = 2_400_000, edges: int = 124_000_000, seed: int = 
     return CSRGraph(indptr, rng.integers(0, nodes, int(indptr[-1]), dtype=np.int32))
 
 
+def parted(
+    parts: int, nodes: int, degree: int, ratio: float, seed: int = 3
+) -> tuple[CSRGraph, npt.NDArray[np.int64]]:
+    """Return a graph of equal parts, and the first node of each: a node has `degree` neighbours in its part; a part has
+    a halo of `ratio` times its nodes, drawn from the others, and each node of it has `degree` neighbours there."""
+    rng = np.random.default_rng(seed)
+    edges = []
+    for first in range(0, parts * nodes, nodes):
+        own = rng.integers(first, first + nodes, (2, nodes * degree))
+        own[1] = np.repeat(np.arange(first, first + nodes), degree)
+        halo = rng.choice((parts - 1) * nodes, int(ratio * nodes), replace=False)
+        halo = np.repeat(halo + nodes * (halo >= first), degree)
+        edges += [own, np.stack([halo, rng.integers(first, first + nodes, len(halo))])]
+    graph = CSRGraph.from_edge_index(np.concatenate(edges, axis=1), parts * nodes)
+    return CSRGraph(graph.indptr, graph.indices), np.arange(0, parts * nodes + 1, nodes)
+
+
 def make(name: str) -> CSRGraph:
     """Return a graph by name: ``products``, or ``rmat-SCALE-EDGES`` such as ``rmat-20-30000000``."""
     if name == "products":

@@ -18,37 +18,18 @@ import torch
 
 import gglspeedup
 from benchmarks.graphs import make
+from benchmarks.layers import Sage
 from benchmarks.rounds import machine
 from gglspeedup import NodeLoader
 
 
-class MeanLayer(torch.nn.Module):
-    """GraphSAGE's layer with the mean of the neighbours, in plain torch."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__()
-        self.neighbours = torch.nn.Linear(width_in, width_out)
-        self.own = torch.nn.Linear(width_in, width_out, bias=False)
-
-    def forward(self, x: torch.Tensor, adj: Any) -> torch.Tensor:
-        """Return the new rows of the targets."""
-        targets = adj.size[1]
-        total = x.new_zeros(targets, x.shape[1]).index_add_(0, adj.col, x[adj.row])
-        count = torch.bincount(adj.col, minlength=targets).clamp_(min=1)[:, None]
-        return self.neighbours(total / count) + self.own(x[:targets])
-
-
 def trainer(width: int, hidden: int, classes: int, device: torch.device) -> Callable[[Any], None]:
     """Return a function that takes one step of a two-layer GraphSAGE."""
-    layers = torch.nn.ModuleList([MeanLayer(width, hidden), MeanLayer(hidden, classes)]).to(device)
-    optimizer = torch.optim.Adam(layers.parameters(), 0.01)
+    model = Sage([width, hidden, classes]).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
 
     def step(batch: Any) -> None:
-        x = batch.x
-        for layer, adj in zip(layers, batch.adjs, strict=True):
-            x = layer(x, adj)
-            x = x if layer is layers[1] else x.relu()
-        loss = torch.nn.functional.cross_entropy(x, batch.y)
+        loss = torch.nn.functional.cross_entropy(model(batch), batch.y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from test_visits import needs_numba_cuda
 from gglspeedup import HistoryStore
 from gglspeedup.device import Device, cuda_problem
 from gglspeedup.history import place, store
+from gglspeedup.history.tables_gpu import CudaTable, StagedTable
 from gglspeedup.kernels.history import stamp_of
 
 
@@ -104,6 +106,19 @@ def test_rows_lie_where_they_were_asked_to(on_host, storage):
     assert on_host.is_device(pulled) and pulled.tolist() == [[1, 1, 1], [0, 0, 0]]
     assert made._lane._side.handed_over == 1  # pulls wait for the stream, pushes do not
     assert HistoryStore(NODES, DIMS, 0).storage == "device"
+
+
+def test_the_cpu_gathers_where_it_is_told_to(on_host, caplog):
+    in_place = HistoryStore(NODES, DIMS, 0, storage="pinned")
+    staged = HistoryStore(NODES, DIMS, 0, storage="pinned", host_gather=True)
+    assert [type(made[0]._table) for made in (in_place, staged)] == [CudaTable, StagedTable]
+    for made in (in_place, staged, pickle.loads(pickle.dumps(staged))):
+        made[0].push(np.ones((2, 3)), on_host.to_device(np.array([2, 5])))
+        pulled = made[0].pull([5, 4])
+        assert on_host.is_device(pulled) and pulled.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert not caplog.records
+    with pytest.raises(TypeError, match="host_gather needs True or False"):
+        HistoryStore(NODES, DIMS, 0, host_gather="pinned")
 
 
 def test_memory_that_runs_out_is_replaced_by_the_next_tier(on_host, monkeypatch, caplog):

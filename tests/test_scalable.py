@@ -142,11 +142,18 @@ def test_rows_pushed_are_the_layers_outputs(problem):
     assert model.histories.staleness().never == 0
 
 
-def test_prefetching_changes_nothing(problem):
+def test_prefetching_changes_nothing(problem, tmp_path, monkeypatch):
     plain, ahead = Gcn([9, 8, 8, 2], store(3)), Gcn([9, 8, 8, 2], store(3))
+    mapped = Gcn([9, 8, 8, 2], store(3, storage="mmap", path=tmp_path / "histories"))
+    asked: list[Scalable] = []
+    prefetch = Scalable.prefetch
+    monkeypatch.setattr(Scalable, "prefetch", lambda model, batch: (asked.append(model), prefetch(model, batch)))
     for one, other in zip(loader(problem, 2), loader(problem, 2), strict=True):
         ahead.prefetch(other)
-        assert torch.equal(plain(one), ahead(other))
+        expected = plain(one)
+        assert torch.equal(expected, ahead(other)) and torch.equal(expected, mapped(other))
+    # What is in the device's memory is not brought ahead unasked.
+    assert asked.count(mapped) == asked.count(ahead) > 0 and plain not in asked
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

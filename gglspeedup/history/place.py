@@ -20,8 +20,9 @@ logger = logging.getLogger("gglspeedup")
 
 
 def cuda_tables(
-    device: Device, storage: str, header: Header, arrays: Sequence[tuple[Any, Any]], pool: BufferPool
-) -> tuple[list[HostTable | CudaTable], StreamLane | None]:
+    device: Device, storage: str, header: Header, arrays: Sequence[tuple[Any, Any]], pool: BufferPool,
+    host_gather: bool = False,
+) -> tuple[list[HostTable | CudaTable], StreamLane | None]:  # fmt: skip
     """Return the tables of a store, and their lane if it is a stream.
 
     Parameters
@@ -37,9 +38,12 @@ def cuda_tables(
         Of a file, for ``"mmap"``.
     pool : BufferPool
         Of host memory.
+    host_gather : bool
+        Whether rows of ``"pinned"`` are left to the CPU.
     """
     runtime = runtime_of(device)
-    tables = None if storage == "mmap" else tables_on(runtime, storage, header)
+    staged = storage == "mmap" or (storage == "pinned" and host_gather)
+    tables = None if staged else tables_on(runtime, storage, header)
     if tables is not None:
         return list(tables), StreamLane(SideStream(runtime.index))
     return [StagedTable(stamps, rows, pool, runtime) for stamps, rows in arrays or empty_tables(header)], None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.arguments import check_count
+from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.device import Device, DeviceLike, free_bytes, host_free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, HistoryFileError, explain
 from gglspeedup.history import history_file
@@ -62,6 +62,9 @@ class HistoryStore:
         How many pushes and pulls may wait at once; by default four for each table.
     buffer_size : int, optional
         Rows of the buffers that are made at once, for values on their way; larger ones are made as needed.
+    host_gather : bool
+        Of ``"pinned"``: whether the CPU picks and writes the rows, and whole blocks are copied, instead of a GPU that
+        reads and writes each row in place. Which is faster depends on the machine; the rows are the same.
 
     Raises
     ------
@@ -93,7 +96,7 @@ class HistoryStore:
     def __init__(
         self, num_nodes: int, dims: Sequence[int], device: DeviceLike = "auto", *, storage: str = "auto",
         dtype: str = "float32", path: str | os.PathLike[str] | None = None, pool_size: int | None = None,
-        buffer_size: int | None = None,
+        buffer_size: int | None = None, host_gather: bool = False,
     ) -> None:  # fmt: skip
         self.num_nodes = check_count(num_nodes, "num_nodes", 0)
         if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
@@ -109,6 +112,7 @@ class HistoryStore:
         self.device: Device = parse_device(device)
         self._depth = 4 * len(self.dims) if pool_size is None else check_count(pool_size, "pool_size", 1)
         self._buffer_rows = 0 if buffer_size is None else check_count(buffer_size, "buffer_size", 0)
+        self.host_gather = check_flag(host_gather, "host_gather")
         self.storage = self._choose(storage, path)
         self.path = os.fspath(path) if self.storage == "mmap" and path is not None else None
         header = Header(self.num_nodes, self.dims, self.dtype, (0,) * len(self.dims))
@@ -158,7 +162,7 @@ class HistoryStore:
         if self.device.is_cuda:
             from gglspeedup.history.place import cuda_tables
 
-            tables, stream = cuda_tables(self.device, self.storage, header, arrays, pool)
+            tables, stream = cuda_tables(self.device, self.storage, header, arrays, pool, self.host_gather)
             lane, queues = (lane if stream is None else stream), True
         else:
             tables = [HostTable(stamps, rows, pool) for stamps, rows in arrays or empty_tables(header)]
