@@ -7,14 +7,13 @@ torch-geometric and, for METIS, pymetis.
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,65 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 
 from demo.datasets import DatasetError
 from demo.gas_data import Benchmark, load_benchmark
-from demo.gas_settings import DATASETS, MODELS, PUBLISHED, SETTINGS, Setting
+from demo.gas_results import Cell, Result, Results, percent
+from demo.gas_settings import DATASETS, MODELS, SETTINGS, Setting
 from gglspeedup import CSRGraph, GGLSpeedupError, HistoryStore, SubgraphLoader, partition, permute
 from gglspeedup.adapters.pyg_models import APPNP, GAT, GCN, GCNII
+from gglspeedup.epochs import device_for
 from gglspeedup.normalise import symmetric_normalisation, with_self_loops
 
 logger = logging.getLogger("gglspeedup.demo")
 
 OUTSIDE = -100  # what cross_entropy leaves out
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What is trained, and how.
-
-    Attributes
-    ----------
-    model, dataset : str
-        Which hyper-parameters.
-    mode : str
-        ``"full"``: on the whole graph; ``"gas"``: in parts with histories, which the rest is about.
-    epochs : int
-        How many.
-    parts, batch_parts : int
-        Parts of the graph, and of a batch.
-    partition, storage, dtype : str
-        How the graph is cut, where histories lie, and what they are stored as.
-    """
-
-    model: str
-    dataset: str
-    mode: str
-    epochs: int
-    parts: int = 1
-    batch_parts: int = 1
-    partition: str = "none"
-    storage: str = "none"
-    dtype: str = "none"
-
-    def variant(self) -> str:
-        """Return how a training in parts differs from the paper's."""
-        setting = SETTINGS[self.model, self.dataset]
-        usual = replace(self, epochs=setting.epochs)
-        if self.mode == "gas":
-            parts, batch_parts = setting.parts
-            usual = replace(usual, parts=parts, batch_parts=batch_parts, partition="metis", storage="memory",
-                            dtype="float32")  # fmt: skip
-        names = [field.name for field in fields(self)]
-        values = ((name, getattr(self, name)) for name in names if getattr(self, name) != getattr(usual, name))
-        return ", ".join(f"{value} {name}" if isinstance(value, int) else value for name, value in values)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One training: the first epoch of the best validation accuracy, both accuracies (0 to 1) then, and the time."""
-
-    best_epoch: int = 0
-    val_accuracy: float = -1.0
-    test_accuracy: float = 0.0
-    seconds: float = 0.0
 
 
 class Batches:
@@ -99,16 +49,20 @@ class Batches:
     weight : float32 array [num_edges] or None
         Of its edges.
     x : float32 array [N, F], or scipy CSR matrix
-        Features. A matrix stays one in the batches, whose first layer then reads and drops out what is stored alone.
+        Features. On the CPU a matrix stays one in the batches, whose first layer then reads and drops out what is
+        stored alone.
+    device : torch.device
+        Where the batches are made.
     **options
         Of SubgraphLoader.
     """
 
-    def __init__(self, graph: CSRGraph, weight: Any, x: Any, **options: Any) -> None:
-        self.matrix = x if scipy.sparse.issparse(x) else None
-        dense = x if self.matrix is None else None
+    def __init__(self, graph: CSRGraph, weight: Any, x: Any, device: torch.device, **options: Any) -> None:
+        sparse = scipy.sparse.issparse(x)
+        self.matrix = x if sparse and device.type == "cpu" else None
+        dense = None if self.matrix is not None else x.toarray() if sparse else x
         self.loader = SubgraphLoader(
-            graph, dense, edge_weight=weight, backend="torch", device="cpu", prefetch=0, **options
+            graph, dense, edge_weight=weight, backend="torch", device=str(device), prefetch=0, **options
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[Any]:
@@ -129,9 +83,12 @@ class Trainer:
         What to train.
     data : Benchmark
         The graph.
+    device : torch.device
+        Where to.
     """
 
-    def __init__(self, cell: Cell, data: Benchmark) -> None:
+    def __init__(self, cell: Cell, data: Benchmark, device: torch.device) -> None:
+        self.device = device
         self.cell, self.data, self.setting = cell, data, SETTINGS[cell.model, cell.dataset]
         graph, weight = CSRGraph(data.indptr, data.indices), None
         if cell.model == "gat":
@@ -142,15 +99,15 @@ class Trainer:
         self.graph = permute(graph, self.perm)
         self.weight = None if weight is None else weight[self.graph.edge_ids]
         self.x, self.y = data.x[self.perm], data.y[self.perm]
-        whole = Batches(self.graph, self.weight, self.x, y=self.y, ptr=[0, len(self.y)], batch_size=1)
+        whole = self._batches_of(y=self.y, ptr=[0, len(self.y)], batch_size=1)
         (self.whole,) = whole
 
     def train(self, run: int, advance: Callable[[Result], Any]) -> Result:
         """Train once; `run` decides the split, the parameters, what is dropped out, and the order of the parts."""
         start, result = time.perf_counter(), Result()
-        train, val, test = (torch.from_numpy(mask[self.perm]) for mask in self.data.split(run))
+        train, val, test = (torch.from_numpy(mask[self.perm]).to(self.device) for mask in self.data.split(run))
         torch.manual_seed(run)
-        model = make_model(self.setting, self.x.shape[1], self.data.num_classes)
+        model = make_model(self.setting, self.x.shape[1], self.data.num_classes).to(self.device)
         groups = zip((model.reg_modules, model.nonreg_modules), self.setting.decay, strict=True)
         optimizer = torch.optim.Adam(
             [{"params": modules.parameters(), "weight_decay": decay} for modules, decay in groups], self.setting.lr
@@ -176,15 +133,17 @@ class Trainer:
         with tempfile.TemporaryDirectory() as folder:
             mapped = self.cell.storage == "mmap"
             options = {"storage": "mmap", "path": Path(folder) / "histories"} if mapped else {"storage": "device"}
-            with HistoryStore(len(self.y), model.history_widths, "cpu", dtype=self.cell.dtype, **options) as store:
+            options |= {"device": str(self.device), "dtype": self.cell.dtype}
+            with HistoryStore(len(self.y), model.history_widths, **options) as store:
                 yield store
 
     def _batches(self, labels: Any, run: int) -> Iterable[Any]:
         if self.cell.mode == "full":
             return [replace(self.whole, y=labels)]
-        return Batches(
-            self.graph, self.weight, self.x, y=labels, ptr=self.ptr, batch_size=self.cell.batch_parts, seed=run
-        )  # fmt: skip
+        return self._batches_of(y=labels.cpu(), ptr=self.ptr, batch_size=self.cell.batch_parts, seed=run)
+
+    def _batches_of(self, **options: Any) -> Batches:
+        return Batches(self.graph, self.weight, self.x, self.device, **options)
 
     def _epoch(self, model: Any, batches: Iterable[Any], optimizer: Any) -> None:
         model.train()
@@ -218,86 +177,6 @@ def make_model(setting: Setting, in_channels: int, out_channels: int) -> Any:
     return GCNII(*sizes, alpha=setting.alpha, theta=setting.theta, dropout=dropout)
 
 
-# --- results -------------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """The results in a folder: ``gas_small.csv``, a line a run, and ``gas_small.md``, a table of all of them.
-
-    Parameters
-    ----------
-    folder : path
-        What it holds from earlier calls stays, unless the same run is made again.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.csv, self.markdown = folder / "gas_small.csv", folder / "gas_small.md"
-        self.lines: dict[tuple[Cell, int], Result] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.csv.exists():
-            with self.csv.open(newline="", encoding="utf-8") as file:
-                try:
-                    for line in csv.DictReader(file):
-                        self.lines[_read(Cell, line), int(line["run"])] = _read(Result, line)
-                except (KeyError, ValueError, TypeError) as error:
-                    raise DatasetError(f"{self.csv} does not hold results of this demo; name another --out") from error
-
-    def add(self, cell: Cell, run: int, result: Result) -> None:
-        """Add a run, and write both files."""
-        self.lines[cell, run] = result
-        names = [*(field.name for field in fields(Cell)), "run", *(field.name for field in fields(Result))]
-        whole = self.csv.with_suffix(".part")  # a process that dies meanwhile leaves the earlier results whole
-        with whole.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            for (of, number), found in self.lines.items():
-                writer.writerow({**vars(of), "run": number, **vars(found)})
-        whole.replace(self.csv)
-        self.markdown.write_text(self.table() + "\n", encoding="utf-8")
-
-    def of(self, cell: Cell) -> list[Result]:
-        """Return the runs of a cell."""
-        return [result for (other, _), result in self.lines.items() if other == cell]
-
-    def table(self) -> str:
-        """Return a Markdown table of all results, beside what the paper has."""
-        rows: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
-        for (cell, _), result in self.lines.items():
-            modes = rows.setdefault((cell.model, cell.dataset, cell.variant()), {"full": [], "gas": []})
-            modes[cell.mode].append(result)
-        names = ("model", "dataset", "unlike the paper", "full batch", "GAS", "published (recalled)")
-        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        order = list(SETTINGS)
-        for model, dataset, variant in sorted(rows, key=lambda row: (order.index(row[:2]), row[2])):
-            ours = " | ".join(percent(runs) for runs in rows[model, dataset, variant].values())
-            lines.append(f"| {model} | {dataset} | {variant} | {ours} | {published(model, dataset)} |")
-        return "\n".join(lines)
-
-
-def _read(kind: Any, line: dict[str, str]) -> Any:
-    read: dict[Any, Callable[[str], Any]] = {"str": str, "int": int, "float": float}
-    return kind(**{field.name: read[field.type](line[field.name]) for field in fields(kind)})
-
-
-def percent(runs: Sequence[Result]) -> str:
-    """Return mean, standard deviation (of a sample) and number of runs; a dash for none.
-
-    Examples
-    --------
-    >>> percent([Result(test_accuracy=0.81), Result(test_accuracy=0.83)])
-    '82.00 ± 1.41 (2 runs)'
-    """
-    accuracy = 100 * np.array([run.test_accuracy for run in runs])
-    if len(runs) < 2:
-        return f"{accuracy[0]:.2f} (1 run)" if len(runs) else "-"
-    return f"{accuracy.mean():.2f} ± {accuracy.std(ddof=1):.2f} ({len(runs)} runs)"
-
-
-def published(model: str, dataset: str) -> str:
-    """Return what the paper has for whole graphs, and for GAS."""
-    return " / ".join(f"{mean:.2f} ± {std:.2f}" for mean, std in PUBLISHED[model, dataset])
-
-
 # --- command line --------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +191,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-parts", type=_positive, help="parts a batch")
     p.add_argument("--partition", choices=("metis", "contiguous", "random"), default="metis")
     p.add_argument("--storage", choices=("memory", "mmap"), default="memory", help="where histories lie")
+    p.add_argument("--device", default="auto", help="cpu, cuda:0, or auto: a GPU that torch can use, else the CPU")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of histories")
     p.add_argument("--runs", type=_positive, help="trainings, each with its own seed and split")
     p.add_argument("--epochs", type=_positive)
@@ -346,7 +226,7 @@ def work(options: argparse.Namespace, model: str, data: Benchmark, results: Resu
     cell = cell_of(options, model, data.name)
     runs = range(options.runs or SETTINGS[model, data.name].runs)
     left = [run for run in runs if not (options.resume and (cell, run) in results.lines)]
-    trainer = Trainer(cell, data)
+    trainer = Trainer(cell, data, torch.device(str(device_for("torch", options.device))))
     name = f"{model} on {data.name}, {'whole' if options.full_batch else 'in parts'}"
     with tqdm(total=len(left) * cell.epochs, desc=name, unit="epoch", disable=options.quiet) as bar:
         for run in left:

@@ -20,12 +20,14 @@ from conftest import missing
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from demo import gas_data, gas_settings, gas_small
+from demo import gas_data, gas_results, gas_settings, gas_small
 from demo.datasets import DatasetError
+from demo.gas_results import Cell, Result
 from demo.gas_settings import PUBLISHED, SETTINGS, Accuracy, Setting
-from demo.gas_small import Cell, Result, Trainer
+from demo.gas_small import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
 FEW = ["--parts", "6", "--batch-parts", "2", "--epochs", "2", "--runs", "2", "--quiet", "--partition", "contiguous"]
 
 
@@ -232,7 +234,7 @@ def cell(model: str = "gcn", mode: str = "gas", **options: Any) -> Cell:
 def train(one: Cell, root: Path, run: int = 0) -> list[Result]:
     """The best result so far after each epoch."""
     seen: list[Result] = []
-    Trainer(one, gas_data.load_benchmark("cora", root)).train(run, seen.append)
+    Trainer(one, gas_data.load_benchmark("cora", root), CPU).train(run, seen.append)
     return seen
 
 
@@ -246,7 +248,7 @@ def test_runs_repeat_and_differ(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert train(cell(), root) == train(cell(), root) == train(cell(storage="mmap"), root)
     make, made = gas_small.make_model, []
     monkeypatch.setattr(gas_small, "make_model", lambda *sizes: made.append(make(*sizes)) or made[-1])
-    trainer = Trainer(cell(), gas_data.load_benchmark("cora", root))
+    trainer = Trainer(cell(), gas_data.load_benchmark("cora", root), CPU)
     load, seeds = gas_small.SubgraphLoader, []
     monkeypatch.setattr(gas_small, "SubgraphLoader", lambda *a, **k: seeds.append(k["seed"]) or load(*a, **k))
     for run in (0, 1, 0):
@@ -260,7 +262,7 @@ def test_training_is_the_papers(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """What each pass trains on, pushes and steps, against what the procedure says."""
     data = gas_data.load_benchmark("cora", root)
     data.train_mask[:] = np.isin(np.arange(150), [0, 1, 100])[:, None]
-    trainer = Trainer(cell(batch_parts=1), data)
+    trainer = Trainer(cell(batch_parts=1), data, CPU)
     parts = [set(part.tolist()) & {0, 1, 100} for part in np.split(trainer.perm, trainer.ptr[1:-1])]
     trained = [sorted(part) for part in parts if part]
     assert len(parts) == 6 and len(trained) > 1  # so that at least three of six batches train nobody
@@ -314,7 +316,7 @@ def test_training_is_the_papers(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_gradients_are_clipped_where_told(root: Path, monkeypatch: pytest.MonkeyPatch, clip: bool) -> None:
     calls: list[int] = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: calls.append(1))
-    trainer = Trainer(cell(), gas_data.load_benchmark("cora", root))
+    trainer = Trainer(cell(), gas_data.load_benchmark("cora", root), CPU)
     trainer.setting = replace(trainer.setting, clip=clip)
     trainer.train(0, lambda _: None)
     assert bool(calls) == clip
@@ -324,14 +326,14 @@ def test_the_first_best_epoch_counts(root: Path, monkeypatch: pytest.MonkeyPatch
     said = iter([[0.9, 0.9], [0.5, 0.1], [0.7, 0.2], [0.7, 0.3], [0.6, 0.4]])  # the first fills the histories
     monkeypatch.setattr(Trainer, "_accuracies", lambda *_: next(said))
     data = gas_data.load_benchmark("cora", root)
-    result = Trainer(cell(epochs=4), data).train(0, lambda _: None)
+    result = Trainer(cell(epochs=4), data, CPU).train(0, lambda _: None)
     assert (result.best_epoch, result.val_accuracy, result.test_accuracy) == (1, 0.7, 0.2)
     assert result.seconds > 0
 
 
 def test_accuracy_is_of_the_nodes_it_should_be_of(root: Path) -> None:
     data = gas_data.load_benchmark("cora", root)
-    trainer = Trainer(cell(), data)
+    trainer = Trainer(cell(), data, CPU)
     right = data.val_mask[:, 0] & (np.arange(150) % 2 == 0)
 
     class Oracle(torch.nn.Module):
@@ -426,6 +428,8 @@ def test_command_explains_what_it_lacks(root: Path, capsys: pytest.CaptureFixtur
     assert "nothing was trained" in capsys.readouterr().err
     assert gas_small.main([*options, "--parts", "151"]) == 1
     assert "num_parts" in capsys.readouterr().err
+    assert gas_small.main([*options, "--device", "cuda:9"]) == 1
+    assert "device needs" in capsys.readouterr().err
     (root / "out" / "gas_small.csv").write_text("something,else\n1,2\n")
     assert gas_small.main(options) == 1
     assert "name another --out" in capsys.readouterr().err
@@ -450,7 +454,7 @@ def test_runs_as_a_program(root: Path, how: list[str]) -> None:
 
 
 def test_examples() -> None:
-    done = doctest.testmod(gas_small)
+    done = doctest.testmod(gas_results)
     assert done.attempted and not done.failed
 
 
