@@ -10,6 +10,7 @@ from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
 from gglspeedup.history.store import HistoryStore
 from gglspeedup.loader import NodeLoader
+from gglspeedup.multigpusample import MultiGPUSampler
 from gglspeedup.partitions import partition, permute
 from gglspeedup.subgraphs import SubgraphLoader
 from gglspeedup.threads import set_num_threads
@@ -24,6 +25,7 @@ __all__ = [
     "GGLSpeedupError",
     "GPUSampler",
     "HistoryStore",
+    "MultiGPUSampler",
     "NodeLoader",
     "SampledBatch",
     "SubgraphLoader",

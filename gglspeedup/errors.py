@@ -35,6 +35,14 @@ class HistoryFileError(ArgumentValueError):
     """A file of histories is not what its reader expects, was cut short or not closed, or has no room."""
 
 
+class PartFileError(ArgumentValueError):
+    """A file of a partition is not what its reader expects, was cut short or changed, or has no room."""
+
+
+class ShareError(GGLSpeedupError, RuntimeError):
+    """Memory cannot be shared among processes or devices."""
+
+
 class MissingPackageError(GGLSpeedupError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 

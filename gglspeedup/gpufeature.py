@@ -12,10 +12,11 @@ import numpy.typing as npt
 from gglspeedup.arguments import host_array
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
-from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.graph import GraphLike
 from gglspeedup.hot_order import hot_order
 from gglspeedup.interchange import integer_view, is_numeric
 from gglspeedup.memory import parse_size
+from gglspeedup.sharded_graph import as_any_graph
 from gglspeedup.tiers_cpu import HostTier, Tiers
 
 Array = npt.NDArray[Any]
@@ -66,7 +67,7 @@ class CGPUFeature:
     ) -> None:  # fmt: skip
         self.device: Device = parse_device(device)
         self.budget = parse_size(budget, "budget")
-        graph: CSRGraph = as_graph(csr)
+        graph = as_any_graph(csr)
         self._num_nodes = graph.num_nodes
         self._order: npt.NDArray[np.int64] | None = None
         if self.device.is_cuda or not (isinstance(policy, str) and policy == "degree"):

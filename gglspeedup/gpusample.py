@@ -10,10 +10,11 @@ from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_flag, check_sizes, device_ids, host_ids
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
 from gglspeedup.errors import ArgumentValueError, explain
-from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.graph import GraphLike
 from gglspeedup.interchange import on_cuda
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
 from gglspeedup.sampler_cpu import CpuSampler, Hop
+from gglspeedup.sharded_graph import ShardedGraph, as_any_graph
 
 logger = logging.getLogger("gglspeedup")
 
@@ -37,7 +38,7 @@ class GPUSampler:
     ----------
     device : str or int
         ``"cpu"``, a CUDA ordinal, ``"cuda:1"``, or ``"auto"``.
-    csr : CSRGraph, scipy.sparse matrix or (indptr, indices)
+    csr : CSRGraph, ShardedGraph, scipy.sparse matrix or (indptr, indices)
         Row v lists the neighbours that v samples from.
     sizes : sequence of int, optional
         See :meth:`set_size`.
@@ -86,16 +87,18 @@ class GPUSampler:
         self.expand = expand
         self.placement = placement
         self._sizes = None if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
-        self.graph: CSRGraph = as_graph(csr)
+        self.graph = as_any_graph(csr)
         self._batch = 0
         self._lock = threading.Lock()
-        self._sampler = self._make()
+        self._sampler: _Sampler | None = self._make()
 
     def _make(self) -> _Sampler:
         if not self.device.is_cuda:
             return CpuSampler(self.graph)
-        from gglspeedup.placement import place_graph, runtime_of
+        from gglspeedup.placement import place_graph, place_shards, runtime_of
 
+        if isinstance(self.graph, ShardedGraph):
+            return place_shards(self.graph, runtime_of(self.device), free_bytes(self.device))
         return place_graph(self.graph, runtime_of(self.device), self.placement, free_bytes(self.device))
 
     @property
@@ -151,7 +154,7 @@ class GPUSampler:
         ids = self._seeds(seeds)
         number = self._take_batch() if batch is None else check_count(batch, "batch", 0, MAX_BATCH)
         try:
-            n_id, hops = self._sampler.sample(
+            n_id, hops = self._made().sample(
                 ids, fanouts, seed=self.seed, batch=number, replace=self.replace, expand=self.expand
             )
         except BaseException:
@@ -159,6 +162,12 @@ class GPUSampler:
                 self._untake_batch(number)
             raise
         return SampledBatch(n_id, [Adj(*hop) for hop in hops], len(ids), number)
+
+    def _made(self) -> _Sampler:
+        if self._sampler is None:
+            with self._lock:
+                self._sampler = self._sampler or self._make()
+        return self._sampler
 
     def _seeds(self, seeds: Any) -> Any:
         if not self.device.is_cuda:
@@ -190,4 +199,4 @@ class GPUSampler:
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
         self._lock = threading.Lock()
-        self._sampler = self._make()
+        self._sampler = None  # made when it is needed: a process uses one of a MultiGPUSampler's

@@ -208,6 +208,11 @@ class CSRGraph:
         """The number of stored edges."""
         return len(self.indices)
 
+    @property
+    def path(self) -> str | None:
+        """The file that the graph is mapped to, None in memory."""
+        return self._path
+
     def degree(self, n_id: Any = None) -> npt.NDArray[np.int64]:
         """Return the lengths of the rows `n_id` (default: of all), int64.
 

@@ -12,17 +12,18 @@ from gglspeedup.arguments import check_range, check_unique, host_ids
 from gglspeedup.device import Device
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
+from gglspeedup.sharded_graph import ShardedGraph
 from gglspeedup.threads import numba
 
 Order = npt.NDArray[np.int64]
 
 
-def by_degree(graph: CSRGraph) -> Order:
+def by_degree(graph: CSRGraph | ShardedGraph) -> Order:
     """Return the nodes by falling degree, of equal ones the lower id first."""
     return np.argsort(-graph.degree(), kind="stable")
 
 
-def by_presampling(graph: CSRGraph, sampler: Any, seeds: Any, batch_size: int) -> Order:
+def by_presampling(graph: CSRGraph | ShardedGraph, sampler: Any, seeds: Any, batch_size: int) -> Order:
     """Return the nodes by how many batches of one pre-sampled epoch they are in, of equal ones the lower id first.
 
     The policy is that of Yang et al., "GNNLab: a factored system for sample-based GNN training over GPUs"
@@ -30,7 +31,7 @@ def by_presampling(graph: CSRGraph, sampler: Any, seeds: Any, batch_size: int) -
 
     Parameters
     ----------
-    graph : CSRGraph
+    graph : CSRGraph or ShardedGraph
         What the features belong to.
     sampler : GPUSampler
         With its sizes set; its batch counter is not advanced.
@@ -72,7 +73,7 @@ def _visits_on_gpu(batches: Iterable[Any], num_nodes: int, device: Device) -> np
         return xp.asnumpy(visits)
 
 
-def hot_order(graph: CSRGraph, policy: Any, sampler: Any, seeds: Any, batch_size: int) -> Order:
+def hot_order(graph: CSRGraph | ShardedGraph, policy: Any, sampler: Any, seeds: Any, batch_size: int) -> Order:
     """Return the node ids, hottest first, that a policy gives.
 
     Parameters

@@ -17,8 +17,9 @@ from gglspeedup.epochs import EpochLoader, device_for
 from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
-from gglspeedup.graph import CSRGraph, GraphLike, as_graph
+from gglspeedup.graph import CSRGraph, GraphLike
 from gglspeedup.kernels.bounds import MAX_FANOUT, MAX_HOPS
+from gglspeedup.sharded_graph import ShardedGraph, as_any_graph
 
 
 @dataclass(eq=False)
@@ -140,7 +141,7 @@ class NodeLoader(EpochLoader[Batch]):
         placement: str = "auto", policy: Any = "degree", rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         self.sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
-        graph = csr.graph if isinstance(csr, GPUSampler) else as_graph(csr)
+        graph = csr.graph if isinstance(csr, GPUSampler) else as_any_graph(csr)
         super().__init__(
             seed_ids(seeds, graph.num_nodes), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last,
             backend=backend, seed=seed, prefetch=prefetch, rank=rank, world_size=world_size,
@@ -220,7 +221,7 @@ def seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:
 
 
 def rows_of(
-    graph: CSRGraph, device: Device, rows: Any, argument: str, cache: int | float | str, policy: Any
+    graph: CSRGraph | ShardedGraph, device: Device, rows: Any, argument: str, cache: int | float | str, policy: Any
 ) -> CGPUFeature | None:
     """Return a matrix as features on a device; features are checked and returned as they are.
 

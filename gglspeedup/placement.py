@@ -12,7 +12,10 @@ import numpy.typing as npt
 from gglspeedup.device import Device
 from gglspeedup.graph import CSRGraph
 from gglspeedup.kernels.cuda import CudaRuntime, PinnedView, PinningError, Runtime
+from gglspeedup.peer_gpu import PeerArray
+from gglspeedup.pieces import DevicePieces, Pieces
 from gglspeedup.sampler_gpu import CudaSampler
+from gglspeedup.sharded_graph import ShardedGraph
 from gglspeedup.tiers_gpu import CudaTiers
 
 Array = npt.NDArray[Any]
@@ -72,6 +75,26 @@ def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) ->
         runtime, arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None, graph.num_nodes, table,
         max_degree=int(lengths.max()) if len(lengths) else 0,
     )  # fmt: skip
+
+
+def place_shards(graph: ShardedGraph, runtime: Runtime, free: int) -> CudaSampler:
+    """Return a sampler of a graph whose shards lie in the memory of several devices, or pinned on the host."""
+    table = "dense" if 8 * graph.num_nodes <= _TABLE_SHARE * free else "hash"
+    with runtime.activate():
+        indptr, indices = (_on_device(runtime, vector) for vector in (graph.indptr, graph.indices))
+        edge_ids = None if graph.edge_ids is None else _on_device(runtime, graph.edge_ids)
+    return CudaSampler(runtime, indptr, indices, edge_ids, graph.num_nodes, table, max_degree=graph.max_degree)
+
+
+def _on_device(runtime: Runtime, pieces: Pieces) -> DevicePieces:
+    kept, pointers = [], []
+    for holder in pieces.holders:
+        if isinstance(holder, PeerArray):
+            pointers.append(holder.address(runtime.index))
+        else:
+            kept.append(_in_host_memory(runtime, getattr(holder, "array", holder)))
+            pointers.append(runtime.address(kept[-1]))
+    return DevicePieces(runtime, pieces, pointers, (pieces, kept))
 
 
 def _in_host_memory(runtime: Runtime, part: Array) -> Any:

@@ -12,7 +12,9 @@ import numpy.typing as npt
 from gglspeedup.arguments import check_range, duplicate
 from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.graph import CSRGraph
-from gglspeedup.memory import BufferPool, kernel_view
+from gglspeedup.memory import BufferPool
+from gglspeedup.pieces import host_view
+from gglspeedup.sharded_graph import ShardedGraph
 from gglspeedup.threads import announce_compilation, launching, numba
 
 Array = npt.NDArray[Any]
@@ -84,20 +86,22 @@ class CpuSampler:
 
     Parameters
     ----------
-    graph : CSRGraph
-        In memory or memory-mapped; not copied.
+    graph : CSRGraph or ShardedGraph
+        In memory or memory-mapped; not copied, and kept.
     table : str
         What local ids are looked up in: ``"dense"``, 4 bytes a node; ``"hash"``, 8 or 12 bytes for 2 to 8 times
         the nodes of a batch; ``"auto"``, dense up to 2**25 nodes.
     """
 
-    def __init__(self, graph: CSRGraph, table: str = "auto") -> None:
+    def __init__(self, graph: CSRGraph | ShardedGraph, table: str = "auto") -> None:
         numba()
+        self._graph = graph  # whose memory kernels read by its addresses
         self._hashed = table == "hash" or (table == "auto" and graph.num_nodes > _DENSE_NODES)
         self._num_nodes = graph.num_nodes
-        self._indptr = kernel_view(graph.indptr)
-        self._indices = kernel_view(graph.indices)
-        self._edge_ids = np.empty(0, np.int64) if graph.edge_ids is None else kernel_view(graph.edge_ids)
+        self._indptr = host_view(graph.indptr)
+        self._indices = host_view(graph.indices)
+        self._index_dtype = graph.indices.dtype
+        self._edge_ids = np.empty(0, np.int64) if graph.edge_ids is None else host_view(graph.edge_ids)
         self._pool = BufferPool()
         self._workspaces: list[_Workspace] = []
         self._lock = threading.Lock()
@@ -124,7 +128,7 @@ class CpuSampler:
         with self._lock:
             workspace = self._workspaces.pop() if self._workspaces else None
         if workspace is None:
-            workspace = _Workspace(self._num_nodes, self._hashed, self._indices.dtype)
+            workspace = _Workspace(self._num_nodes, self._hashed, self._index_dtype)
         # After an error the workspace is dropped: its table may hold local ids of the batch that failed.
         result = self._sample(workspace, seeds, sizes, seed, batch, replace, expand)
         with self._lock:
@@ -139,7 +143,7 @@ class CpuSampler:
         announce_compilation(kernels.sample_hop)
         base = space.begin()
         check_range(seeds, self._num_nodes, "seeds")
-        nodes = space.grown("nodes", 0, len(seeds), self._indices.dtype)
+        nodes = space.grown("nodes", 0, len(seeds), self._index_dtype)
         nodes[: len(seeds)] = seeds
         space.reserve(len(seeds), 0, nodes)
         repeated = kernels.insert_nodes(0, len(seeds), base, space.keys, space.table, nodes)
@@ -158,7 +162,7 @@ class CpuSampler:
             with launching(most=(high - low) // _ROWS_A_THREAD):
                 edges = kernels.count_hop(self._indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets)
             most = min(count + edges, self._num_nodes)
-            nodes = space.grown("nodes", count, most + 1, self._indices.dtype)
+            nodes = space.grown("nodes", count, most + 1, self._index_dtype)
             space.reserve(most, count, nodes)
             edge_index, e_id = self._pool.empty_pair((2, edges), (edges,), np.int64)
             words = -(-max(fanout, 0) // 4) * 4
@@ -167,7 +171,7 @@ class CpuSampler:
                     workers, self._indices, self._edge_ids, nodes, low, high, count, fanout, replace, *key,
                     counter[0], np.uint32(counter[1] | hop << 8), rows, start, degree, offsets,
                     np.int32(base), space.keys, space.table, e_id,
-                    space.array("neighbour", edges, self._indices.dtype), space.array("pending", edges, np.int64),
+                    space.array("neighbour", edges, self._index_dtype), space.array("pending", edges, np.int64),
                     space.array("left", chunks, np.int64), edge_index[0], edge_index[1],
                     space.array("state", kernels.STATE_SIZE, np.int64),
                     *(space.array(name, workers * rows, np.uint32).reshape(workers, rows) for name in ("c1", "c3")),

@@ -22,6 +22,7 @@ from gglspeedup.arguments import duplicate, out_of_range
 from gglspeedup.errors import ArgumentIndexError, ArgumentValueError, explain
 from gglspeedup.kernels import sample_gpu as gpu
 from gglspeedup.kernels.cuda import Runtime
+from gglspeedup.pieces import DevicePieces
 from gglspeedup.workspace_gpu import STATE_SIZE, Bound, Workspace
 
 SampledHop = tuple[Any, Any, tuple[int, int]]
@@ -50,10 +51,10 @@ class CudaSampler:
     ----------
     runtime : Runtime
         The device.
-    indptr, indices : device array
-        The graph, int64 and int32 or int64, where kernels can read it: in GPU memory or pinned and mapped. Degrees
-        must be below 2**32.
-    edge_ids : device array of int64 or None
+    indptr, indices : device array or DevicePieces
+        The graph, int64 and int32 or int64, where kernels can read it: in GPU memory or pinned and mapped; all whole or
+        all in pieces. Degrees must be below 2**32.
+    edge_ids : device array or DevicePieces of int64, or None
         What to return as `e_id` instead of positions in `indices`.
     num_nodes : int
         Nodes of the graph.
@@ -82,9 +83,12 @@ class CudaSampler:
         self.max_degree = self.num_edges if max_degree is None else max_degree
         self.max_edges = max_edges
         self._capture = capture
-        self._graph = (indptr, indices, edge_ids)
+        self._index_dtype = indices.dtype
+        self._kept = (indptr, indices, edge_ids)  # the memory that kernels read
+        self._graph = tuple(getattr(array, "table", array) for array in self._kept)
         self._hashed = table == "hash"
-        self._target = gpu.Target(runtime, gpu.macros_of(indices.dtype, self._hashed))
+        in_pieces = isinstance(indices, DevicePieces)
+        self._target = gpu.Target(runtime, gpu.macros_of(indices.dtype, self._hashed, in_pieces))
         self._free: list[Workspace] = []
         self._lock = threading.Lock()
 
@@ -142,7 +146,7 @@ class CudaSampler:
         with self._lock:
             workspace = self._free.pop() if self._free else None
         if workspace is None:
-            return Workspace(self.runtime, self.num_nodes, self._graph[1].dtype, self._hashed)
+            return Workspace(self.runtime, self.num_nodes, self._index_dtype, self._hashed)
         self.runtime.wait(workspace.event)
         return workspace
 

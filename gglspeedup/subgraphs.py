@@ -139,6 +139,7 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         )  # fmt: skip
         self.edge_weight = None if edge_weight is None else _edge_values(edge_weight, graph.num_edges)
         self.device = device_for(backend, device)
+        self._indptr = graph.indptr
         self.graph_sampler = GPUSampler(self.device, graph, [-1], seed=self.seed, placement=placement)
         self.features = rows_of(graph, self.device, x, "x", cache, policy)
         self.labels = rows_of(graph, self.device, y, "y", 0, "degree")
@@ -188,7 +189,7 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         if values is None:
             return None
         # A batch has its rows whole and in order: its edges lie in ranges, and no edge has to be looked up.
-        indptr = self.graph_sampler.graph.indptr
+        indptr = self._indptr
         ranges = list(zip(indptr[offset].tolist(), indptr[offset + count].tolist(), strict=True))
         found = self._pool.empty((sum(end - begin for begin, end in ranges), *values.shape[1:]), values.dtype)
         place = 0

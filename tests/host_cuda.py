@@ -207,6 +207,10 @@ class HostRuntime:
     def stream(self) -> int:
         return 0
 
+    def address(self, array: Any) -> int:
+        assert self.is_device(array)
+        return int(array.ctypes.data)
+
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         if self.refuse_pinning:
             raise PinningError("pinning is refused")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -13,7 +14,10 @@ from gglspeedup.kernels.cuda import compile_options, kernel_source
 
 ARCHITECTURES = (75, 80, 90, 100)
 VARIANTS = [
-    *(("sample.cu", sample_gpu.macros_of(dtype, hashed)) for dtype in (np.int32, np.int64) for hashed in (False, True)),
+    *(
+        ("sample.cu", sample_gpu.macros_of(dtype, hashed, in_pieces))
+        for dtype, hashed, in_pieces in itertools.product((np.int32, np.int64), (False, True), (False, True))
+    ),
     ("gather.cu", ()),
 ]
 KERNELS = {
@@ -53,7 +57,7 @@ def compile_to_cubin(file: str, macros: tuple[str, ...], architecture: int) -> b
         # The two that differ most run always, for one architecture; the others share nearly all their code.
         pytest.param(
             file, macros, architecture,
-            marks=() if architecture == 90 and macros in ((), ("INDEX64", "HASH_TABLE")) else pytest.mark.slow,
+            marks=() if architecture == 90 and macros in ((), ("INDEX64", "HASH_TABLE", "IN_PIECES")) else pytest.mark.slow,
             id="-".join((file, *macros, str(architecture))),
         )
         for file, macros in VARIANTS

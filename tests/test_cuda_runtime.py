@@ -144,6 +144,15 @@ def test_kernels_are_compiled_once(fake):
     assert launches[1:3] == [("draw_8", (3,), (64,), (1, 2)), ("draw_16", (3,), (64,), (1, 2))]
 
 
+def test_forks_are_refused(fake, monkeypatch):
+    runtime = cuda.CudaRuntime(0)
+    with runtime.activate():
+        pass
+    monkeypatch.setattr(cuda.os, "getpid", lambda: -1)
+    with pytest.raises(RuntimeError, match="device needs a process that was not forked after CUDA was used"):
+        runtime.activate()
+
+
 def test_capture(fake):
     runtime = CudaRuntime(0)
     graph = runtime.capture(lambda: fake.log.append("work"))

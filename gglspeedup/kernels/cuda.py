@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gglspeedup.errors import GGLSpeedupError
+from gglspeedup.errors import DeviceError, GGLSpeedupError, explain
 
 logger = logging.getLogger("gglspeedup")
 
@@ -96,6 +97,9 @@ class Runtime(Protocol):
 
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         """Pin a host array where it is and return it as a device array. Raises PinningError."""
+
+    def address(self, array: Any) -> int:
+        """Return where a device array lies, as kernels of this device see it."""
 
 
 class PinnedView:
@@ -188,6 +192,7 @@ class CudaRuntime:
         self._kernels: dict[Kernel, Any] = {}
         self._modules: dict[tuple[str, tuple[str, ...]], Any] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     @property
     def xp(self) -> ModuleType:
@@ -196,7 +201,17 @@ class CudaRuntime:
         return module
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the device current for a block of code."""
+        """Make the device current for a block of code.
+
+        Raises
+        ------
+        DeviceError
+            This process was forked from one that uses CUDA, whose calls would hang here.
+        """
+        if os.getpid() != self._process:
+            needs, got = "a process that was not forked after CUDA was used", f"a fork of process {self._process}"
+            remedy = 'start processes with multiprocessing.get_context("spawn")'
+            raise DeviceError(explain("device", needs, got, remedy))
         device: contextlib.AbstractContextManager[Any] = self._cupy.cuda.Device(self.index)
         return device
 
@@ -296,6 +311,10 @@ class CudaRuntime:
     def stream(self) -> int:
         """Return the current stream's pointer; 0 is the default stream."""
         return int(self._cupy.cuda.get_current_stream().ptr)
+
+    def address(self, array: Any) -> int:
+        """Return where a device array lies, as kernels of this device see it."""
+        return int(array.data.ptr)
 
     def pinned_view(self, host: np.ndarray[Any, Any]) -> PinnedView:
         """Pin a host array where it is and return it as a CuPy array that kernels read over the bus.

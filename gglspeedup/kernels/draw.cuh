@@ -1,4 +1,4 @@
-// The drawing kernels: which edges a hop takes. Needs philox.cuh and batch.cuh before it.
+// The drawing kernels: which edges a hop takes. Needs philox.cuh, pieces.cuh and batch.cuh before it.
 //
 // Floyd's selection in parallel. Let t_j = d - K + j and p_j the draw of j in [0, t_j]. One after the other, pick j is
 // p_j, or t_j if p_j was picked before. After step i the value p_i is in the set, whatever was picked; t_i is in the
@@ -17,8 +17,8 @@ struct Output {
 };
 
 __device__ __forceinline__ void write_edge(
-    const Output &out, const Table &table, const Index *__restrict__ indices, i64 hop_edges, i64 seeds, i64 edge,
-    i64 place, i64 target
+    const Output &out, const Table &table, VECTOR(Index) indices, i64 hop_edges, i64 seeds, i64 edge, i64 place,
+    i64 target
 ) {
     const Index neighbour = indices[place];
     const i64 e = hop_edges + edge;
@@ -34,7 +34,7 @@ __device__ __forceinline__ void write_edge(
 }
 
 #define DRAW_PARAMETERS                                                                                              \
-    const i64 *state, int hop, int frontier, int fanout, int replace, const Index *__restrict__ indices,             \
+    const i64 *state, int hop, int frontier, int fanout, int replace, VECTOR(Index) indices,                         \
         const i64 *nodes, const i64 *row_start, const u32 *row_degree, const u32 *row_first, const i64 *sums,        \
         Index *neighbour, i64 *position, int *target, u32 *first, Entry *keys, u32 *values, i64 mask
 #define DRAW_ARGUMENTS                                                                                               \

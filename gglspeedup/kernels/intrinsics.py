@@ -48,6 +48,17 @@ def prefetch_address(_typing: Any, address: Any) -> Any:
 
 
 @intrinsic
+def load_address(_typing: Any, address: Any, like: Any) -> Any:
+    """Read an element of the type of the array `like` at an address given as an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = context.get_data_type(signature.return_type)
+        return builder.load(builder.inttoptr(args[0], kind.as_pointer()))
+
+    return like.dtype(types.int64, like), generate
+
+
+@intrinsic
 def copy_bytes(_typing: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy `count` bytes between two addresses given as integers."""
 

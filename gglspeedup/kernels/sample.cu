@@ -16,6 +16,7 @@
 // thread came first. Positions count through the batch: the seeds, the edges of hop 0, of hop 1, ...
 
 #include "philox.cuh"
+#include "pieces.cuh"
 #include "batch.cuh"
 #include "draw.cuh"
 
@@ -96,7 +97,7 @@ __device__ __forceinline__ i64 block_scan(i64 value, i64 &total) {
 
 // Find start, degree and first edge (within the tile) of the rows, and the edges of each tile.
 extern "C" __global__ void count_rows(
-    const i64 *state, int hop, int frontier, int fanout, int replace, const i64 *__restrict__ indptr, const i64 *nodes,
+    const i64 *state, int hop, int frontier, int fanout, int replace, VECTOR(i64) indptr, const i64 *nodes,
     i64 *row_start, u32 *row_degree, u32 *row_first, i64 *sums
 ) {
     const Rows rows = rows_of(state, hop, frontier);
@@ -222,7 +223,7 @@ extern "C" __global__ void assign(
 // The edges [low, low + count) of the batch; `seeds` is the number of seeds.
 extern "C" __global__ void emit_edges(
     i64 seeds, i64 low, i64 count, const u32 *first, const int *local_id, const i64 *position, const int *target,
-    int has_edge_ids, const i64 *edge_ids, i64 *edge_index, i64 *e_id
+    int has_edge_ids, VECTOR(i64) edge_ids, i64 *edge_index, i64 *e_id
 ) {
     for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < count; e += (i64)gridDim.x * blockDim.x) {
         const i64 place = position[low + e];

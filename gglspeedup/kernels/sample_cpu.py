@@ -14,6 +14,7 @@ import numpy as np
 from numba import njit, prange
 
 from gglspeedup.kernels.intrinsics import exchange, fetch_add, load_acquire, prefetch, store_release
+from gglspeedup.kernels.pieces_cpu import element, prefetch_element
 from gglspeedup.kernels.random import bounded, philox
 
 # Cells of `state`, each on a cache line of its own so that tickets do not slow the lock.
@@ -82,10 +83,10 @@ def count_hop(indptr, nodes, low, high, fanout, replace, rows, start, degree, of
         edges = 0
         for i in range(begin, end):
             if i + _AHEAD < end:
-                prefetch(indptr, np.int64(nodes[i + _AHEAD]))
+                prefetch_element(indptr, np.int64(nodes[i + _AHEAD]))
             v = nodes[i]
-            first = indptr[v]
-            d = indptr[v + 1] - first
+            first = element(indptr, np.int64(v))
+            d = element(indptr, np.int64(v) + 1) - first
             start[i - low] = first
             degree[i - low] = d
             if fanout > 0 and (d > fanout or (replace and d > 0)):
@@ -149,7 +150,7 @@ def _draw(
                 position[edge + j] = first + j
                 target[edge + j] = i
                 if (j & 7) == 0:
-                    prefetch(indices, first + j)
+                    prefetch_element(indices, first + j)
             edge += d
             continue
         if replace:
@@ -157,7 +158,7 @@ def _draw(
                 p = bounded(words[j, r], j, d, c1[r], c2, c3[r], k0, k1)
                 position[edge + j] = first + p
                 target[edge + j] = i
-                prefetch(indices, first + p)
+                prefetch_element(indices, first + p)
         elif fanout <= _BLOOM_FANOUT:
             bloom = np.uint64(0)
             for j in range(fanout):
@@ -173,7 +174,7 @@ def _draw(
                 bloom |= bit
                 position[edge + j] = first + p
                 target[edge + j] = i
-                prefetch(indices, first + p)
+                prefetch_element(indices, first + p)
         else:
             for j in range(fanout):
                 last = d - fanout + j
@@ -183,7 +184,7 @@ def _draw(
                     _seen_before(p, i, seen, tags)
                 position[edge + j] = first + p
                 target[edge + j] = i
-                prefetch(indices, first + p)
+                prefetch_element(indices, first + p)
         r += 1
         edge += fanout
     return edge
@@ -193,7 +194,7 @@ def _draw(
 def _gather(indices, begin, end, keys, table, position, neighbour):
     """Read the chosen neighbours, and ask for their entries in the table."""
     for e in range(begin, end):
-        v = indices[position[e]]
+        v = element(indices, position[e])
         neighbour[e] = v
         prefetch(table, _home(v, keys))
         if len(keys) > 0:
@@ -296,7 +297,7 @@ def _work(
             _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
         if len(edge_ids) > 0:
             for e in range(edge, last):
-                position[e] = edge_ids[position[e]]
+                position[e] = element(edge_ids, position[e])
 
 
 @njit(cache=True, nogil=True, parallel=True)

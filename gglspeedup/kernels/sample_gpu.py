@@ -55,10 +55,10 @@ class Target(NamedTuple):
         self.runtime.launch(kernel, max(1, min(blocks, MAX_BLOCKS)), threads, arguments)
 
 
-def macros_of(index_dtype: Any, hashed: bool) -> tuple[str, ...]:
-    """Return the macros of sample.cu for indices of a dtype and a kind of table."""
-    wide = ("INDEX64",) if np.dtype(index_dtype) == np.int64 else ()
-    return (*wide, "HASH_TABLE") if hashed else wide
+def macros_of(index_dtype: Any, hashed: bool, in_pieces: bool = False) -> tuple[str, ...]:
+    """Return the macros of sample.cu for indices of a dtype, a kind of table, and a graph whole or in pieces."""
+    chosen = {"INDEX64": np.dtype(index_dtype) == np.int64, "HASH_TABLE": hashed, "IN_PIECES": in_pieces}
+    return tuple(name for name, wanted in chosen.items() if wanted)
 
 
 def tiles_of(count: int, tile: int) -> int:
