@@ -4,8 +4,8 @@
     python3 bootstrap.py demo [name] [options of the demo]
     python3 bootstrap.py test [options of pytest]
 
-The demos are GraphSAGE in torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax, and gas:
-GNNAutoScale's small benchmark.
+The demos are GraphSAGE in torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax; gas, which is
+GNNAutoScale's small benchmark; and its examples gas_gcnii, gas_gin, gas_lightning, gas_tensorlayerx and gas_jax.
 
 It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
 again, so a second call starts at once.
@@ -36,8 +36,13 @@ EXTRAS = {
     "tensorlayerx": "tensorlayerx",
     "jax": "jax",
     "gas": "pyg,metis",
+    "gas_gcnii": "pyg,metis",
+    "gas_gin": "pyg,metis",
+    "gas_lightning": "lightning,metis",
+    "gas_tensorlayerx": "tensorlayerx,metis",
+    "gas_jax": "jax,metis",
 }
-WITH_TORCH = ("torch", "pyg", "lightning", "gas")
+WITH_TORCH = ("torch", "pyg", "lightning", "gas", "gas_gcnii", "gas_gin", "gas_lightning")
 USAGE = f"usage: python3 bootstrap.py demo [{'|'.join(EXTRAS)}] [options of the demo] | test [options of pytest]"
 
 
@@ -84,8 +89,8 @@ def check_python(version: tuple[int, ...]) -> None:
 def commands(job: str, python: Path, options: Sequence[str]) -> list[list[str]]:
     """Return what a job runs, in order."""
     if job != "test":
-        program = "gas_small.py" if job == "gas" else f"sage_{job}.py"
-        return [[str(python), str(ROOT / "demo" / program), *options]]
+        program = "gas_small" if job == "gas" else job if job.startswith("gas_") else f"sage_{job}"
+        return [[str(python), str(ROOT / "demo" / f"{program}.py"), *options]]
     return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], ["pytest", *options])]
 
 

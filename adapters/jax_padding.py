@@ -113,10 +113,10 @@ def pad(batch: Batch, steps: int = 8) -> PaddedBatch:
         for adj, sources, targets in zip(batch.adjs, nodes, nodes[1:], strict=False)
     ]
     return PaddedBatch(
-        None if batch.x is None else _padded(batch.x, nodes[0]),
-        None if batch.y is None else _padded(batch.y, nodes[-1]),
-        _padded(as_array(batch.n_id)[: batch.batch_size] >= 0, nodes[-1]),
-        _padded(batch.n_id, nodes[0]),
+        None if batch.x is None else padded_rows(batch.x, nodes[0]),
+        None if batch.y is None else padded_rows(batch.y, nodes[-1]),
+        padded_rows(as_array(batch.n_id)[: batch.batch_size] >= 0, nodes[-1]),
+        padded_rows(batch.n_id, nodes[0]),
         adjs,
         batch.batch_size,
         batch.batch,
@@ -137,26 +137,32 @@ def padded_count(count: int, steps: int) -> int:
 
 
 def _padded_adj(adj: Adj, size: tuple[int, int], steps: int) -> Adj:
-    edge_index = as_array(adj.edge_index)
-    edges = edge_index.shape[1]
-    padded = _empty(edge_index, (2, padded_count(edges, steps)))
-    padded[:, :edges] = edge_index
-    padded[0, edges:] = 0
-    padded[1, edges:] = size[1] - 1
-    e_id = None if adj.e_id is None else _padded(adj.e_id, padded.shape[1])
+    padded = padded_edges(adj.edge_index, size[1], steps)
+    e_id = None if adj.e_id is None else padded_rows(adj.e_id, padded.shape[1])
     return Adj(to_framework(padded), e_id, size)
 
 
-def _padded(array: Any, count: int) -> jax.Array:
+def padded_edges(edge_index: Any, targets: int, steps: int) -> Any:
+    """Return a NumPy or CuPy array of edges, to which some from source 0 to the last target are added."""
+    given = as_array(edge_index)
+    edges = given.shape[1]
+    padded = empty_near(given, (2, padded_count(edges, steps)))
+    padded[:, :edges] = given
+    padded[0, edges:] = 0
+    padded[1, edges:] = targets - 1
+    return padded
+
+
+def padded_rows(array: Any, count: int) -> jax.Array:
     """Return a JAX array with rows of zeros added. Done by NumPy or CuPy: JAX would compile for each shape."""
     rows = as_array(array)
-    padded = _empty(rows, (count, *rows.shape[1:]))
+    padded = empty_near(rows, (count, *rows.shape[1:]))
     padded[: len(rows)] = rows
     padded[len(rows) :] = 0
     return to_framework(padded)
 
 
-def _empty(like: Any, shape: tuple[int, ...]) -> Any:
+def empty_near(like: Any, shape: tuple[int, ...]) -> Any:
     """Return an uninitialised array where another lives, aligned for JAX to take it as it is."""
     if isinstance(like, np.ndarray):
         count = int(np.prod(shape))

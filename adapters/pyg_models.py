@@ -8,9 +8,9 @@ al., ICML 2018). They take the batches of a SubgraphLoader with ``backend="torch
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from torch.nn import Linear, ModuleList, functional
 
 from gglspeedup.adapters import backend
 from gglspeedup.adapters.recompute import Recomputed
-from gglspeedup.arguments import check_count, check_flag, host_array
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.arguments import check_count, check_flag, check_fraction, check_widths, host_array
+from gglspeedup.errors import ArgumentValueError, explain
 
 with warnings.catch_warnings():
     # PyG compiles a few of its operators with torch.jit.script, which newer torch releases call deprecated.
@@ -46,7 +46,7 @@ class _Model(Recomputed, torch.nn.Module):  # type: ignore[misc]
         super().__init__()
         self.num_layers = check_count(num_layers, "num_layers", 1)
         self.history_widths = (width,) * (self.num_layers - 1)
-        self.dropout = _fraction(dropout, "dropout")
+        self.dropout = check_fraction(dropout, "dropout")
         self.convs, self.lins = ModuleList(), ModuleList()
 
     def _groups(self) -> tuple[ModuleList, ModuleList]:
@@ -106,19 +106,6 @@ def _matrix(batch: Any, weight: Any) -> Any:
     return torch.sparse_csr_tensor(begin.to(narrow), sources.to(narrow), values, shape, check_invariants=False)
 
 
-def _fraction(value: Any, argument: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise ArgumentTypeError(explain(argument, "a number", repr(value), "pass a fraction"))
-    if not 0 <= float(value) < 1:
-        raise ArgumentValueError(explain(argument, "at least 0 and less than 1", value, "pass a fraction"))
-    return float(value)
-
-
-def _widths(*widths: Any) -> list[int]:
-    names = ("in_channels", "hidden_channels", "out_channels")
-    return [check_count(width, name, 1) for width, name in zip(widths, names, strict=True)]
-
-
 class GCN(_Model):
     """Graph convolutional network: GCNConv, with ReLU in between; the last layer is not regularised.
 
@@ -163,7 +150,7 @@ class GCN(_Model):
     def __init__(
         self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int = 2, dropout: float = 0.5
     ) -> None:
-        first, hidden, last = _widths(in_channels, hidden_channels, out_channels)
+        first, hidden, last = check_widths(in_channels, hidden_channels, out_channels)
         super().__init__(num_layers, hidden, dropout)
         widths = (first, *self.history_widths, last)
         self.convs.extend(GCNConv(*pair, normalize=False) for pair in itertools.pairwise(widths))
@@ -198,7 +185,7 @@ class GAT(_Model):
         self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int = 2, heads: int = 8,
         out_heads: int = 1, dropout: float = 0.6,
     ) -> None:  # fmt: skip
-        first, hidden, last = _widths(in_channels, hidden_channels, out_channels)
+        first, hidden, last = check_widths(in_channels, hidden_channels, out_channels)
         heads, out_heads = check_count(heads, "heads", 1), check_count(out_heads, "out_heads", 1)
         super().__init__(num_layers, hidden * heads, dropout)
         *inputs, last_input = (first, *self.history_widths)
@@ -232,9 +219,9 @@ class APPNP(_Model):
         self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int = 10, alpha: float = 0.1,
         dropout: float = 0.5,
     ) -> None:  # fmt: skip
-        widths = _widths(in_channels, hidden_channels, out_channels)
+        widths = check_widths(in_channels, hidden_channels, out_channels)
         super().__init__(num_layers, widths[2], dropout)
-        self.alpha = _fraction(alpha, "alpha")
+        self.alpha = check_fraction(alpha, "alpha")
         self.lins.extend(Linear(*pair) for pair in itertools.pairwise(widths))
         self.propagation = SimpleConv("sum")
 
@@ -270,9 +257,10 @@ class GCNII(_Model):
         self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int = 64, alpha: float = 0.1,
         theta: float = 0.5, shared_weights: bool = True, dropout: float = 0.5,
     ) -> None:  # fmt: skip
-        widths = _widths(in_channels, hidden_channels, out_channels)
+        widths = check_widths(in_channels, hidden_channels, out_channels)
         super().__init__(num_layers, widths[1], dropout)
-        alpha, shared = _fraction(alpha, "alpha"), check_flag(shared_weights, "shared_weights")
+        alpha, shared = check_fraction(alpha, "alpha"), check_flag(shared_weights, "shared_weights")
+        theta = check_fraction(theta, "theta", math.inf)
         self.lins.extend(Linear(*pair) for pair in itertools.pairwise(widths))
         depths = range(1, self.num_layers + 1)
         self.convs.extend(GCN2Conv(widths[1], alpha, theta, depth, shared, normalize=False) for depth in depths)
@@ -305,7 +293,7 @@ class GIN(_Model):
         self, in_channels: int, hidden_channels: int, out_channels: int, num_layers: int = 4, batch_norm: bool = True,
         dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        widths = _widths(in_channels, hidden_channels, out_channels)
+        widths = check_widths(in_channels, hidden_channels, out_channels)
         super().__init__(num_layers, widths[1], dropout)
         norm = "batch_norm" if check_flag(batch_norm, "batch_norm") else None
         self.lins.extend(Linear(*pair) for pair in itertools.pairwise(widths))
@@ -346,7 +334,7 @@ class PNA(_Model):
         aggregators: Sequence[str] = ("mean", "min", "max", "std"),
         scalers: Sequence[str] = ("identity", "amplification", "attenuation"), towers: int = 1, dropout: float = 0.0,
     ) -> None:  # fmt: skip
-        first, hidden, last = _widths(in_channels, hidden_channels, out_channels)
+        first, hidden, last = check_widths(in_channels, hidden_channels, out_channels)
         super().__init__(num_layers, hidden, dropout)
         if hidden % check_count(towers, "towers", 1):
             raise ArgumentValueError(explain("towers", f"a divisor of {hidden} hidden channels", towers, "choose one"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import ModuleType
 from typing import Any, NamedTuple
 
 
@@ -47,6 +48,18 @@ class Setting:
     heads: tuple[int, int] = (8, 1)
     alpha: float = 0.1
     theta: float = 0.5
+
+
+    def make(self, models: ModuleType, in_channels: int, out_channels: int) -> Any:
+        """Return a model with new parameters, of a module that has a class for each."""
+        sizes = (in_channels, self.hidden, out_channels, self.layers)
+        extra: dict[str, dict[str, Any]] = {
+            "gcn": {},
+            "gat": dict(zip(("heads", "out_heads"), self.heads, strict=True)),
+            "appnp": {"alpha": self.alpha},
+            "gcnii": {"alpha": self.alpha, "theta": self.theta},
+        }
+        return getattr(models, self.model.upper())(*sizes, **extra[self.model], dropout=self.dropout)
 
 
 class Accuracy(NamedTuple):

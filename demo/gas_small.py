@@ -30,7 +30,7 @@ from demo.gas_data import Benchmark, load_benchmark
 from demo.gas_results import Cell, Result, Results, percent
 from demo.gas_settings import DATASETS, MODELS, SETTINGS, Setting
 from gglspeedup import CSRGraph, GGLSpeedupError, HistoryStore, SubgraphLoader, partition, permute
-from gglspeedup.adapters.pyg_models import APPNP, GAT, GCN, GCNII
+from gglspeedup.adapters import pyg_models
 from gglspeedup.epochs import device_for
 from gglspeedup.normalise import symmetric_normalisation, with_self_loops
 
@@ -166,15 +166,7 @@ class Trainer:
 
 def make_model(setting: Setting, in_channels: int, out_channels: int) -> Any:
     """Return a model with new parameters."""
-    sizes = (in_channels, setting.hidden, out_channels, setting.layers)
-    dropout = setting.dropout
-    if setting.model == "gcn":
-        return GCN(*sizes, dropout=dropout)
-    if setting.model == "gat":
-        return GAT(*sizes, *setting.heads, dropout=dropout)
-    if setting.model == "appnp":
-        return APPNP(*sizes, alpha=setting.alpha, dropout=dropout)
-    return GCNII(*sizes, alpha=setting.alpha, theta=setting.theta, dropout=dropout)
+    return setting.make(pyg_models, in_channels, out_channels)
 
 
 # --- command line --------------------------------------------------------------------------------------------------

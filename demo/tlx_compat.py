@@ -1,4 +1,4 @@
-"""Lets TensorLayerX 0.5.8 and GammaGL 0.4.0 run on today's torch and Paddle, far enough to train GraphSAGE.
+"""Lets TensorLayerX 0.5.8 and GammaGL 0.4.0 run on today's torch and Paddle, far enough for the demos.
 
 Both were written for torch 1.10 and Paddle 2.2. On TensorFlow nothing is changed.
 """
@@ -70,7 +70,7 @@ def _install_torch() -> None:
     mpops = importlib.import_module("gammagl.mpops.torch")
     if not mpops.use_ext:
         # GammaGL's wheel lacks the compiled module that these functions are in.
-        mpops.c_segment_sum, mpops.c_segment_mean = _segment_sum, _segment_mean
+        mpops.c_segment_sum, mpops.c_segment_mean, mpops.c_segment_max = _segment_sum, _segment_mean, _segment_max
 
 
 def _adam_step(self: Any, grads_and_vars: Any = None, closure: Any = None) -> Any:
@@ -91,6 +91,12 @@ def _segment_mean(x: Any, segments: Any, count: int) -> Any:
     return _segment_sum(x, segments, count) / rows.reshape(-1, *[1] * (x.dim() - 1))
 
 
+def _segment_max(x: Any, segments: Any, count: int) -> Any:
+    """Return the largest of rows by their segments; a segment without rows is 0."""
+    rows = segments.reshape(-1, *[1] * (x.dim() - 1)).expand_as(x)
+    return x.new_zeros(count, *x.shape[1:]).scatter_reduce(0, rows, x, "amax", include_self=False)
+
+
 # --- Paddle --------------------------------------------------------------------------------------------------------
 
 
@@ -100,7 +106,10 @@ def _install_paddle() -> None:
     _install_fluid()
 
     initializers = importlib.import_module("tensorlayerx.nn.initializers.paddle_initializers")
-    # It draws by operators appended to a program, of which Paddle has none in its dynamic mode any more.
+    # They draw by operators appended to a program, of which Paddle has none in its dynamic mode any more.
+    initializers.XavierUniform.__call__ = lambda self, var, block=None: paddle.nn.initializer.XavierUniform()(
+        var, block
+    )
     initializers.HeNormal.__call__ = lambda self, var, block=None: paddle.nn.initializer.KaimingNormal(
         negative_slope=self.a, nonlinearity=self.nonlinearity, mode=self.mode
     )(var, block)

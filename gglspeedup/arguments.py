@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -140,6 +141,22 @@ def check_count(value: Any, argument: str, least: int, bound: int | None = None)
         needs = f"at least {least}" if bound is None else f"{least} to {bound - 1}"
         raise ArgumentValueError(explain(argument, needs, number, remedy))
     return number
+
+
+def check_fraction(value: Any, argument: str, bound: float = 1) -> float:
+    """Return a float that is at least 0 and below `bound`; raise ArgumentTypeError or ArgumentValueError otherwise."""
+    remedy = "pass a fraction" if bound == 1 else "pass such a number"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ArgumentTypeError(explain(argument, "a number", repr(value), remedy))
+    if not 0 <= float(value) < bound:
+        raise ArgumentValueError(explain(argument, f"at least 0 and less than {bound}", value, remedy))
+    return float(value)
+
+
+def check_widths(*widths: Any) -> list[int]:
+    """Return the widths of a model's input, of what is between its layers, and of its output, each at least 1."""
+    names = ("in_channels", "hidden_channels", "out_channels")
+    return [check_count(width, name, 1) for width, name in zip(widths, names, strict=True)]
 
 
 def check_flag(value: Any, argument: str) -> bool:

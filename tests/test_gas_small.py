@@ -267,7 +267,7 @@ def test_training_is_the_papers(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     trained = [sorted(part) for part in parts if part]
     assert len(parts) == 6 and len(trained) > 1  # so that at least three of six batches train nobody
     events: list[Any] = []
-    forward, step, clip = gas_small.GCN.forward, torch.optim.Adam.step, torch.nn.utils.clip_grad_norm_
+    forward, step, clip = gas_small.pyg_models.GCN.forward, torch.optim.Adam.step, torch.nn.utils.clip_grad_norm_
 
     def noted_forward(model: Any, batch: Any) -> Any:
         if not model.training:
@@ -294,7 +294,7 @@ def test_training_is_the_papers(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         events.append("step")
         return step(optimizer, *arguments)
 
-    monkeypatch.setattr(gas_small.GCN, "forward", noted_forward)
+    monkeypatch.setattr(gas_small.pyg_models.GCN, "forward", noted_forward)
     monkeypatch.setattr(torch.optim.Adam, "step", noted_step)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted_clip)
     trainer.setting = replace(trainer.setting, clip=True)
