@@ -91,7 +91,7 @@ def _edges(batch: Any, state: dict[str, Any], *, weighted: bool = True) -> tuple
     """
     if "edges" not in state:
         edge_index, weight = batch.adj.edge_index, batch.edge_weight if weighted else None
-        product = _SPARSE_PRODUCTS and edge_index.is_cpu
+        product = _SPARSE_PRODUCTS and edge_index.is_cpu and batch.x.dtype in (torch.float32, torch.float64)
         state["edges"] = (_matrix(batch, weight),) if product else (edge_index, weight)
     return tuple(state["edges"])
 

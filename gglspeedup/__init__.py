@@ -10,6 +10,7 @@ from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
 from gglspeedup.history.store import HistoryStore
 from gglspeedup.loader import NodeLoader
+from gglspeedup.multigpufeature import Multi_CGPUFeature
 from gglspeedup.multigpusample import MultiGPUSampler
 from gglspeedup.partitions import partition, permute
 from gglspeedup.subgraphs import SubgraphLoader
@@ -26,6 +27,7 @@ __all__ = [
     "GPUSampler",
     "HistoryStore",
     "MultiGPUSampler",
+    "Multi_CGPUFeature",
     "NodeLoader",
     "SampledBatch",
     "SubgraphLoader",

@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Union
@@ -134,6 +135,28 @@ def parse_device(device: DeviceLike, argument: str = "device") -> Device:
         if problem:
             raise DeviceError(explain(argument, f"a usable CUDA device for cuda:{index}", f"none: {problem}", _REMEDY))
     return Device(index)
+
+
+def parse_devices(devices: Sequence[DeviceLike], argument: str = "devices") -> list[Device]:
+    """Return the devices that a user lists, all CUDA or all CPUs, which may repeat.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        It is no list of devices, an empty one, or one of both kinds.
+    DeviceError
+        A CUDA device is not there, or CuPy is not.
+    """
+    remedy = "pass a list such as [0, 1]"
+    if isinstance(devices, (str, bytes)) or not hasattr(devices, "__iter__"):
+        raise ArgumentTypeError(explain(argument, "a device for each rank", repr(devices), remedy))
+    found = [parse_device(device, argument) for device in devices]
+    if not found:
+        raise ArgumentValueError(explain(argument, "at least one device", "none", remedy))
+    if len({device.is_cuda for device in found}) > 1:
+        got = ", ".join(str(device) for device in found)
+        raise ArgumentValueError(explain(argument, "CUDA devices only, or CPUs only", got, "leave the others out"))
+    return found
 
 
 def free_bytes(device: Device) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import threading
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,7 @@ class CGPUFeature:
             self._order = order if self.device.is_cuda else None
         self._rows: Array | None = None
         self._tiers: Tiers | None = None
+        self._lock = threading.Lock()
 
     def from_cpu_tensor(self, x: Any) -> None:
         """Take the feature matrix.
@@ -99,6 +101,10 @@ class CGPUFeature:
             raise ArgumentTypeError(explain("x", "a numeric dtype", f"dtype {rows.dtype}", "convert it first"))
         if not (rows.flags.c_contiguous and rows.flags.aligned and rows.dtype.isnative):
             rows = np.ascontiguousarray(rows, rows.dtype.newbyteorder("="))
+        self._keep(rows)
+
+    def _keep(self, rows: Array) -> None:
+        """Take rows that are known to be usable."""
         self._tiers = self._make_tiers(rows)
         self._rows = rows
 
@@ -156,8 +162,11 @@ class CGPUFeature:
         return _of_dtype(tiers.take(n_id), rows.dtype)
 
     def _loaded(self) -> tuple[Tiers, Array]:
-        if self._tiers is None or self._rows is None:
+        if self._rows is None:
             raise ArgumentValueError(explain("features", "to be loaded first", "none", "call from_cpu_tensor(x)"))
+        if self._tiers is None:
+            with self._lock:
+                self._tiers = self._tiers or self._make_tiers(self._rows)
         return self._tiers, self._rows
 
     @property
@@ -206,7 +215,7 @@ class CGPUFeature:
         return f"CGPUFeature(device={str(self.device)!r}, {loaded}, budget={self.budget} bytes)"
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in self.__dict__.items() if name != "_tiers"}
+        state = {name: value for name, value in self.__dict__.items() if name not in ("_tiers", "_lock")}
         rows = self._rows
         if isinstance(rows, np.memmap) and isinstance(rows.base, mmap.mmap) and rows.filename is not None:
             # A spawned process opens the file itself: nothing is copied. (A slice of a memmap has another base, and
@@ -217,11 +226,10 @@ class CGPUFeature:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
-        self._tiers = None
+        self._lock = threading.Lock()
+        self._tiers = None  # made when they are needed
         if isinstance(self._rows, _Mapped):
             self._rows = self._rows.open()
-        if self._rows is not None:
-            self._tiers = self._make_tiers(self._rows)
 
 
 def _of_dtype(gathered: Any, dtype: np.dtype[Any]) -> Any:

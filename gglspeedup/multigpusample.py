@@ -7,8 +7,8 @@ from typing import Any
 
 from gglspeedup.adjs import SampledBatch
 from gglspeedup.arguments import check_count
-from gglspeedup.device import Device, DeviceLike, driver_devices, parse_device
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.device import DeviceLike, driver_devices, parse_device, parse_devices
+from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import GraphLike, as_graph
 from gglspeedup.sharded_graph import ShardedGraph
@@ -61,7 +61,9 @@ class MultiGPUSampler:
         seed: int = 0, replace: bool = False, expand: str = "layer",
     ) -> None:  # fmt: skip
         first = parse_device(device)
-        self.devices = _devices(first, devices)
+        if devices is None:
+            devices = list(range(driver_devices()[0])) if first.is_cuda else [first]
+        self.devices = parse_devices(devices)
         if first not in self.devices:
             needs, got = f"one of the devices {[str(one) for one in self.devices]}", str(first)
             raise ArgumentValueError(explain("device", needs, got, "add it to devices"))
@@ -116,19 +118,3 @@ class MultiGPUSampler:
         devices = [str(device) for device in self.devices]
         sizes = None if self.sizes is None else list(self.sizes)
         return f"MultiGPUSampler({devices}, {self.graph!r}, sizes={sizes}, seed={self._samplers[0].seed})"
-
-
-def _devices(first: Device, devices: Sequence[DeviceLike] | None) -> list[Device]:
-    """Return the device of each rank."""
-    if devices is None:
-        return [Device(index) for index in range(driver_devices()[0])] if first.is_cuda else [first]
-    if isinstance(devices, (str, bytes)) or not hasattr(devices, "__iter__"):
-        remedy = "pass a list such as [0, 1]"
-        raise ArgumentTypeError(explain("devices", "a device for each rank", repr(devices), remedy))
-    found = [parse_device(device, "devices") for device in devices]
-    if not found:
-        raise ArgumentValueError(explain("devices", "at least one device", "none", "pass a list such as [0, 1]"))
-    if len({device.is_cuda for device in found}) > 1:
-        got = ", ".join(str(device) for device in found)
-        raise ArgumentValueError(explain("devices", "CUDA devices only, or CPUs only", got, "leave the others out"))
-    return found

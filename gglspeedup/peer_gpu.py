@@ -27,6 +27,34 @@ def peers(indices: Sequence[int]) -> bool:
     return all(cupy.cuda.runtime.deviceCanAccessPeer(*pair) for pair in pairs)
 
 
+def cliques(indices: Sequence[int], layout: str) -> list[list[int]]:
+    """Return CUDA devices in groups that read each other's memory.
+
+    Parameters
+    ----------
+    indices : sequence of int
+        Different CUDA ordinals.
+    layout : str
+        ``"replicated"``: each alone; ``"sharded"``: all together; ``"auto"``: each joins the first group it can.
+
+    Raises
+    ------
+    ShareError
+        All are to share their memory, and some cannot.
+    """
+    groups: list[list[int]] = []
+    for index in indices:
+        fitting = [group for group in groups if layout != "replicated" and peers([*group, index])]
+        if layout == "sharded" and groups and not fitting:
+            got = f"none between cuda:{index} and one of {groups[0]}"
+            raise ShareError(explain("layout", "peer access between all devices", got, 'leave it "auto"'))
+        if fitting:
+            fitting[0].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
 class PeerArray:
     """A copy of an array in GPU memory that is not CuPy's pool's, so that it can be handed to other processes.
 

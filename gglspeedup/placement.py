@@ -113,16 +113,29 @@ def _kept(view: PinnedView) -> Any:
     return view.array
 
 
+def room_for_rows(budget: int, rows: Array, free: int, index: int) -> int:
+    """Return the bytes of a device that features get: their budget, or less, with a warning, if less is free."""
+    usable = int(_SPARE * free) - 4 * len(rows)  # the slots are on the device, too
+    if min(budget, rows.nbytes) <= usable:
+        return budget
+    usable = max(0, usable)
+    logger.warning(
+        "budget of %.3f GiB for features is beyond the free memory of cuda:%d: %.3f GiB are used",
+        budget / 2**30, index, usable / 2**30,
+    )  # fmt: skip
+    return usable
+
+
+def place_shared_rows(
+    rows: Array, order: npt.NDArray[np.int64], hot: Pieces, runtime: Runtime
+) -> CudaTiers:  # fmt: skip
+    """Return the tiers of a feature matrix whose hot rows lie in the memory of several devices."""
+    with runtime.activate():
+        return CudaTiers(runtime, rows, order, hot=_on_device(runtime, hot))
+
+
 def place_rows(
     rows: Array, order: npt.NDArray[np.int64], runtime: Runtime, budget: int, free: int
 ) -> CudaTiers:  # fmt: skip
     """Return the tiers of a feature matrix; a budget beyond the free memory is cut, with a warning."""
-    usable = int(_SPARE * free) - 4 * len(rows)  # the slots are on the device, too
-    if min(budget, rows.nbytes) > usable:
-        usable = max(0, usable)
-        logger.warning(
-            "budget of %.3f GiB for features is beyond the free memory of cuda:%d: %.3f GiB are used",
-            budget / 2**30, runtime.index, usable / 2**30,
-        )  # fmt: skip
-        budget = usable
-    return CudaTiers(runtime, rows, order, budget)
+    return CudaTiers(runtime, rows, order, room_for_rows(budget, rows, free, runtime.index))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gglspeedup.arguments import device_ids, out_of_range
 from gglspeedup.kernels import gather_gpu
 from gglspeedup.kernels.cuda import PinnedView, PinningError, Runtime
+from gglspeedup.pieces import DevicePieces
 from gglspeedup.tiers_cpu import HostTier
 
 Array = npt.NDArray[Any]
@@ -34,9 +35,15 @@ class CudaTiers:
         Node ids, hottest first.
     budget : int
         Bytes of GPU memory for hot rows.
+    hot : DevicePieces, optional
+        The first rows of `order`, or all in the order of their nodes, which are loaded already; instead of a budget.
+        Its elements are whole rows.
     """
 
-    def __init__(self, runtime: Runtime, rows: Array, order: npt.NDArray[np.int64], budget: int) -> None:
+    def __init__(
+        self, runtime: Runtime, rows: Array, order: npt.NDArray[np.int64], budget: int = 0,
+        hot: DevicePieces | None = None,
+    ) -> None:  # fmt: skip
         self._runtime = runtime
         self._rows = rows
         self._row_bytes = rows[:1].nbytes if len(rows) else 0
@@ -45,7 +52,11 @@ class CudaTiers:
             # Where the gather kernel notes bad ids: none, as they are checked before.
             self._no_bad = runtime.to_device(np.full(1, NO_BAD))
             count = len(rows) if self._row_bytes == 0 else min(len(rows), budget // self._row_bytes)
-            self._hot, count = self._load_hot(order, count)
+            self._hot: Any = hot
+            if hot is None:
+                self._hot, count = self._load_hot(order, count)
+            else:
+                count = len(hot)
             # Where a node's row is in the hot tier; None if one tier has all rows, in the order of their nodes.
             self._slot: Any = None
             # The cold tier: the rows as the kernel reads them, or the tier of the CPU that reads them for it.

@@ -19,6 +19,7 @@ VARIANTS = [
         for dtype, hashed, in_pieces in itertools.product((np.int32, np.int64), (False, True), (False, True))
     ),
     ("gather.cu", ()),
+    ("gather.cu", ("IN_PIECES",)),
 ]
 KERNELS = {
     "sample.cu": {

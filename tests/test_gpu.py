@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import pickle
 import threading
 
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 from conftest import random_graph
 
-from gglspeedup import CGPUFeature, CSRGraph, GGLSpeedupError, GPUSampler, NodeLoader
+from gglspeedup import (
+    CGPUFeature,
+    CSRGraph,
+    GGLSpeedupError,
+    GPUSampler,
+    Multi_CGPUFeature,
+    MultiGPUSampler,
+    NodeLoader,
+    peer_gpu,
+)
 from gglspeedup.device import cuda_problem
 from gglspeedup.hot_order import hot_order
 
@@ -233,3 +243,41 @@ def test_a_slow_reader_never_sees_a_later_batch(graph):
         graph, seeds=np.arange(20_000), sizes=[10, 5], batch_size=500, device="cpu"
     )]  # fmt: skip
     assert [float(value) for value in sums] == expected
+
+
+@pytest.mark.parametrize("shared", ["device", "pinned"])
+def test_shards_equal_one_graph(graph, shared, monkeypatch):
+    if shared == "pinned":
+        monkeypatch.setattr(peer_gpu, "peers", lambda indices: False)
+    many = MultiGPUSampler(0, graph, [0, 0, 0], sizes=[15, 10], seed=3)
+    cpu = GPUSampler("cpu", graph, [15, 10], seed=3)
+    for number in range(4):  # plain launches, then a replayed graph
+        seeds = np.arange(number, 2000, 3)
+        assert bits(many.sample(seeds, number % 3, batch=number)) == bits(cpu.sample(seeds, batch=number))
+
+
+def _attach(many, features, rank, queue):
+    batch = many.sample(np.arange(rank, 700), rank)
+    rows = features.on(rank)[batch.n_id]
+    queue.put((rank, bits(batch), rows.get().tobytes()))
+
+
+def test_spawned_processes_read_the_shards_of_their_parent(graph):
+    x = np.random.default_rng(7).random((graph.num_nodes, 24), dtype=np.float32)
+    many = MultiGPUSampler(0, graph, [0, 0], sizes=[9, 9], seed=1)
+    features = Multi_CGPUFeature(0, [0, 0], x.nbytes // 3, graph)
+    features.from_cpu_tensor(x)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_attach, args=(many, features, rank, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        for rank, sampled, rows in [queue.get(timeout=120) for _ in processes]:
+            expected = GPUSampler("cpu", graph, [9, 9], seed=1).sample(np.arange(rank, 700))
+            assert sampled == bits(expected) and rows == x[expected.n_id].tobytes()
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]

@@ -27,6 +27,7 @@ LAYERS = [
     ["multigpusample"],
     ["hot_order"],
     ["gpufeature"],
+    ["multigpufeature"],
     ["epochs"],
     ["loader"],
     ["subgraphs"],

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gglspeedup
-from gglspeedup import CGPUFeature, CSRGraph, GPUSampler, MultiGPUSampler, NodeLoader, peer_gpu, placement
+from gglspeedup import CGPUFeature, CSRGraph, GPUSampler, MultiGPUSampler, NodeLoader, device, multigpusample, peer_gpu, placement
 from gglspeedup.device import Device
 from gglspeedup.errors import ShareError
 from gglspeedup.pieces import balanced_rows
@@ -144,9 +144,8 @@ def test_bad_ranks(graph):
 
 
 def test_kinds_of_devices_are_not_mixed(graph, monkeypatch):
-    from gglspeedup import multigpusample
-
-    monkeypatch.setattr(multigpusample, "parse_device", lambda d, *_: Device(None if d == "cpu" else d))
+    for module in (device, multigpusample):
+        monkeypatch.setattr(module, "parse_device", lambda d, *_: Device(None if d == "cpu" else d))
     with pytest.raises(ValueError, match="devices needs CUDA devices only, or CPUs only"):
         MultiGPUSampler(0, graph, [0, "cpu"])
     with pytest.raises(ValueError, match="device needs one of the devices"):

@@ -8,6 +8,8 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
+#include "pieces.cuh"
+
 #define FULL 0xFFFFFFFFu
 #define ROWS 4
 
@@ -17,7 +19,7 @@ enum { ONLY_COLD = 0, ONLY_HOT = 1, BY_SLOT = 2, BY_SLOT_BOTH = 3 };
 // `counters` are the rows served by the hot and by the cold tier; `bad` is the first place in ids whose id is not in
 // [0, num_rows): such a row is left as it is, so no memory outside is touched before the host has seen it.
 template <class Word> __device__ __forceinline__ void gather_words(
-    const Word *__restrict__ hot, const int *__restrict__ slot, const Word *__restrict__ cold, int mode, i64 num_rows,
+    VECTOR(Word) hot, const int *__restrict__ slot, const Word *__restrict__ cold, int mode, i64 num_rows,
     const i64 *__restrict__ ids, i64 count, i64 row_words, int lanes, Word *__restrict__ out, u64 *counters, u64 *bad
 ) {
     __shared__ u32 served[2];
@@ -52,7 +54,7 @@ template <class Word> __device__ __forceinline__ void gather_words(
                     row = -1 - (i64)s;
                 }
             }
-            from[k] = (is_hot[k] ? hot : cold) + row * row_words;
+            from[k] = is_hot[k] ? ROW(hot, row, row_words) : cold + row * row_words;
         }
         Word *to = out + low * row_words;
         for (i64 w = lane; w < row_words; w += lanes) {
@@ -104,7 +106,7 @@ template <class Word> __device__ __forceinline__ void scatter_words(
 
 #define ROW_KERNELS(bytes, Word)                                                                                     \
     extern "C" __global__ void gather_rows_##bytes(                                                                  \
-        const Word *hot, const int *slot, const Word *cold, int mode, i64 num_rows, const i64 *ids, i64 count,       \
+        VECTOR(Word) hot, const int *slot, const Word *cold, int mode, i64 num_rows, const i64 *ids, i64 count,      \
         i64 row_words, int lanes, Word *out, u64 *counters, u64 *bad                                                 \
     ) {                                                                                                              \
         gather_words<Word>(hot, slot, cold, mode, num_rows, ids, count, row_words, lanes, out, counters, bad);       \

@@ -48,8 +48,8 @@ def gather_rows(
     runtime : Runtime
         Where to.
     hot, cold : device array or None
-        Rows in GPU memory; rows in memory that is mapped for the GPU. Without `slot` one of them is None and the
-        other holds row v at place v.
+        Rows in GPU memory, also DevicePieces whose elements are whole rows; rows in memory that is mapped for the GPU.
+        Without `slot` one of them is None and the other holds row v at place v.
     slot : device array of int32 or None
         For each node its place in `hot` if not negative; else the row is in `cold`, at the node's id, or
         with `cold_by_slot` at ``-1 - slot[v]``.
@@ -69,18 +69,21 @@ def gather_rows(
     count = len(ids)
     if count == 0 or row_bytes == 0:
         return
-    tiers = [tier for tier in (hot, cold) if tier is not None]
     mode = _BY_SLOT_BOTH if cold_by_slot else _BY_SLOT
     if slot is None:
         mode = _ONLY_COLD if hot is None else _ONLY_HOT
-    width = word_bytes(row_bytes, out, *tiers)
+    in_pieces = hasattr(hot, "table")  # each piece is an allocation of its own, aligned for any word
+    arrays = [tier for tier in (out, None if in_pieces else hot, cold) if tier is not None]
+    width = word_bytes(row_bytes, *arrays)
     words = row_bytes // width
     lanes = lanes_of(words)
+    near = hot.table if in_pieces else cold if hot is None else hot
     arguments = (
-        tiers[0], ids if slot is None else slot, tiers[-1], np.int32(mode), np.int64(num_rows), ids, np.int64(count),
-        np.int64(words), np.int32(lanes), out, counters, bad,
+        near, ids if slot is None else slot, near if cold is None else cold, np.int32(mode), np.int64(num_rows), ids,
+        np.int64(count), np.int64(words), np.int32(lanes), out, counters, bad,
     )  # fmt: skip
-    runtime.launch(Kernel("gather.cu", f"gather_rows_{width}"), _blocks(count, lanes), _THREADS, arguments)
+    kernel = Kernel("gather.cu", f"gather_rows_{width}", ("IN_PIECES",) if in_pieces else ())
+    runtime.launch(kernel, _blocks(count, lanes), _THREADS, arguments)
 
 
 def scatter_rows(runtime: Runtime, staged: Any, positions: Any, out: Any, row_bytes: int) -> None:
