@@ -31,7 +31,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["gglspeedup", "gglspeedup.kernels", "gglspeedup.history", "gglspeedup.adapters"],
+    packages=["gglspeedup", "gglspeedup.kernels", "gglspeedup.history", "gglspeedup.distributed", "gglspeedup.adapters"],
     package_dir={"gglspeedup.adapters": "adapters"},
     package_data={"gglspeedup": ["py.typed"], "gglspeedup.kernels": ["*.cu", "*.cuh"]},
     install_requires=[

@@ -58,8 +58,8 @@ class CSRGraph:
                 explain("num_nodes", f"at least the {rows} rows of indptr", nodes, "leave it out or raise it")
             )
         pointers = np.ascontiguousarray(pointers, np.int64)
-        _check_pointers(pointers, len(neighbours))
-        _check_neighbours(neighbours, nodes)
+        check_pointers(pointers, len(neighbours))
+        check_neighbours(neighbours, nodes)
         if nodes > rows:
             pointers = np.concatenate([pointers, np.full(nodes - rows, len(neighbours), np.int64)])
         self._path: str | None = None
@@ -287,33 +287,42 @@ def _whole_numbers(value: Any, argument: str) -> Array:
     return array
 
 
-def _check_pointers(indptr: Array, num_edges: int) -> None:
+def check_pointers(indptr: Array, num_edges: int) -> None:
+    """Raise ArgumentValueError unless these are the bounds of rows of so many edges."""
     if indptr[0] != 0:
         raise ArgumentValueError(explain("indptr", "0 as its first entry", int(indptr[0]), "pass whole rows"))
     for begin in range(0, len(indptr) - 1, _CHUNK):
-        lengths = np.diff(indptr[begin : begin + _CHUNK + 1])
-        if int(lengths.min()) < 0:
-            row = begin + int(np.argmax(lengths < 0))
-            got = f"{int(indptr[row])} then {int(indptr[row + 1])} at row {row}"
-            raise ArgumentValueError(explain("indptr", "entries that never fall", got, "rebuild the matrix"))
-        if int(lengths.max()) > MAX_DEGREE:
-            row = begin + int(np.argmax(lengths > MAX_DEGREE))
-            got = f"{int(lengths.max())} in row {row}"
-            raise ArgumentValueError(explain("indptr", "rows of up to 2^32 - 1 edges", got, "split that node"))
+        check_lengths(indptr[begin : begin + _CHUNK + 1], begin)
     if indptr[-1] != num_edges:
         needs = f"the number of edges, {num_edges}, as its last entry"
         raise ArgumentValueError(explain("indptr", needs, int(indptr[-1]), "indptr and indices must belong together"))
 
 
-def _check_neighbours(indices: Array, num_nodes: int) -> None:
+def check_lengths(bounds: Array, first: int) -> npt.NDArray[np.int64]:
+    """Return the lengths of the rows from `first` on, by their bounds; raise ArgumentValueError for one below 0."""
+    lengths = np.diff(bounds)
+    if len(lengths) and int(lengths.min()) < 0:
+        row = int(np.argmax(lengths < 0))
+        got = f"{int(bounds[row])} then {int(bounds[row + 1])} at row {first + row}"
+        raise ArgumentValueError(explain("indptr", "entries that never fall", got, "rebuild the matrix"))
+    if len(lengths) and int(lengths.max()) > MAX_DEGREE:
+        row = first + int(np.argmax(lengths > MAX_DEGREE))
+        got = f"{int(lengths.max())} in row {row}"
+        raise ArgumentValueError(explain("indptr", "rows of up to 2^32 - 1 edges", got, "split that node"))
+    return lengths
+
+
+def check_neighbours(indices: Array, num_nodes: int, first: int = 0) -> None:
+    """Raise ArgumentIndexError for a neighbour that is no node; the first of them stands at position `first`."""
     for begin in range(0, len(indices), _CHUNK):
         part = indices[begin : begin + _CHUNK]
         bad = (part < 0) | (part >= num_nodes) if _outside(part, num_nodes) else None
         if bad is not None:
-            first = int(np.argmax(bad))
+            at = int(np.argmax(bad))
+            where = f"position {first + begin + at}"
             raise ArgumentIndexError(
                 explain(
-                    "indices", f"node ids from 0 to {num_nodes - 1}", f"{int(part[first])} at position {begin + first}",
+                    "indices", f"node ids from 0 to {num_nodes - 1}", f"{int(part[at])} at {where}",
                     "pass num_nodes if nodes without a row are meant",
                 )
             )  # fmt: skip

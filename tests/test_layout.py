@@ -14,6 +14,7 @@ LAYERS = [
     ["errors", "__init__"],
     ["threads", "device", "memory", "interchange", "arguments", "prefetch", "side_stream"],
     ["kernels"],
+    ["page_file"],
     ["graph_file"],
     ["graph"],
     ["shared_array", "peer_gpu", "pieces", "edges"],
@@ -32,6 +33,7 @@ LAYERS = [
     ["loader"],
     ["subgraphs"],
     ["history"],
+    ["distributed"],
     ["info"],
     ["__main__"],
 ]

@@ -7,27 +7,20 @@ their uint32 CRC-32. The page's last byte is 1 while a process has the file open
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
 import os
-import struct
-import uuid
-import zlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from gglspeedup import page_file
 from gglspeedup.errors import HistoryFileError, MissingPackageError, explain
 
 Array = npt.NDArray[Any]
 
 _MAGIC = b"GGLHIST\x01"
-_PAGE = 4096
-_LIMIT = 1 << 48  # of any size in a header: sums of them stay far inside int64
 _MOST_TABLES = 256
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDY = "check the path, or delete the file to start from zeros"
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -61,25 +54,16 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def layout(header: Header) -> tuple[list[tuple[int, int]], int]:
     """Return where the stamps and the rows of each table begin, and the size of the file, in bytes."""
-    begins, at = [], _PAGE
-    for dim in header.dims:
-        rows = at + _pages(8 * header.num_nodes)
-        begins.append((at, rows))
-        at = rows + _pages(header.num_nodes * dim * numpy_dtype(header.dtype).itemsize)
-    return begins, at
-
-
-def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
+    row_bytes = [dim * numpy_dtype(header.dtype).itemsize for dim in header.dims]
+    begins, size = page_file.layout(header.num_nodes * each for row in row_bytes for each in (8, row))
+    return list(zip(begins[::2], begins[1::2], strict=True)), size
 
 
 def _pack(header: Header, in_use: bool) -> bytes:
-    text = json.dumps(header._asdict()).encode()
-    fields = _MAGIC + struct.pack("<q", len(text)) + text
-    fields += struct.pack("<I", zlib.crc32(fields))
-    if len(fields) >= _PAGE:
+    page = page_file.pack(_MAGIC, header._asdict())
+    if page is None:
         raise HistoryFileError(explain("dims", "a header of one page", f"{len(header.dims)} tables", "use fewer"))
-    return fields + bytes(_PAGE - 1 - len(fields)) + bytes([in_use])
+    return page[:-1] + bytes([in_use])
 
 
 def read_header(path: str) -> Header:
@@ -91,16 +75,10 @@ def read_header(path: str) -> Header:
         It is no such file, is damaged or cut short, or was left by a process that ended while it wrote.
     """
     with open(path, "rb") as file:
-        page = file.read(_PAGE)
+        page = file.read(page_file.PAGE)
         actual = os.fstat(file.fileno()).st_size
-    if len(page) < _PAGE or page[:8] != _MAGIC:
-        raise HistoryFileError(explain("path", "a history file", f"{path!r}, which does not start as one", _REMEDY))
-    (length,) = struct.unpack("<q", page[8:16])
-    if not 0 <= length <= _PAGE - 21 or struct.unpack("<I", page[16 + length : 20 + length])[0] != zlib.crc32(
-        page[: 16 + length]
-    ):
-        raise HistoryFileError(explain("path", "a whole header", f"{path!r}, whose header is damaged", _REMEDY))
-    header = _sound(path, json.loads(page[16 : 16 + length]))
+    fields = page_file.unpack(page, _MAGIC, path, HistoryFileError, "a history file", _REMEDY)
+    header = _sound(path, fields)
     size = layout(header)[1]
     if actual != size:
         raise HistoryFileError(explain("path", f"a file of {size} bytes", f"{path!r} of {actual}", _REMEDY))
@@ -112,7 +90,7 @@ def read_header(path: str) -> Header:
 
 def _sound(path: str, fields: Any) -> Header:
     def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LIMIT
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < page_file.LIMIT
 
     def wholes(value: Any) -> bool:
         return isinstance(value, list) and 0 < len(value) <= _MOST_TABLES and all(map(whole, value))
@@ -140,10 +118,7 @@ def create(path: str, header: Header) -> None:
     with _beside(path) as file:
         file.write(_pack(header, in_use=False))
         file.flush()
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
-        else:
-            file.truncate(size)
+        page_file.reserve(file, size)
 
 
 def write(path: str, header: Header, tables: Sequence[tuple[Array, Array]]) -> None:
@@ -159,22 +134,11 @@ def write(path: str, header: Header, tables: Sequence[tuple[Array, Array]]) -> N
 
 
 @contextlib.contextmanager
-def _beside(path: str) -> Any:
+def _beside(path: str) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path` that takes its place if all goes well, and goes away if not."""
-    temporary = f"{path}.{uuid.uuid4().hex}.part"
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            remedy = "free some space, or store float16; what was there before is untouched"
-            raise HistoryFileError(explain("path", "room on its disk", f"{error}", remedy)) from error
-        raise
+    remedy = "free some space, or store float16; what was there before is untouched"
+    with page_file.telling_room("path", HistoryFileError, remedy), page_file.beside(path) as file:
+        yield file
 
 
 def tables(path: str, header: Header, mode: Literal["r", "r+"]) -> list[tuple[Array, Array]]:
