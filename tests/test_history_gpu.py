@@ -121,6 +121,22 @@ def test_the_cpu_gathers_where_it_is_told_to(on_host, caplog):
         HistoryStore(NODES, DIMS, 0, host_gather="pinned")
 
 
+@pytest.mark.parametrize("host_gather", [False, True])
+def test_shared_tables_of_a_gpu(on_host, host_gather):
+    made = HistoryStore(NODES, DIMS, 0, shared=True, host_gather=host_gather)
+    twin = pickle.loads(pickle.dumps(made))
+    assert made.storage == twin.storage == "pinned"
+    made[0].push(np.ones((2, 3)), [2, 5])
+    made.synchronize()
+    twin[0].push(np.full((1, 3), 7), [5])
+    twin.synchronize()
+    for store_ in (made, twin):
+        assert store_[0].pull([2, 5, 0]).tolist() == [[1, 1, 1], [7, 7, 7], [0, 0, 0]]
+        assert store_.age([2, 5, 0]).tolist() == [1, 0, -1] and store_[0].pushes == 2
+    with pytest.raises(ValueError, match='storage needs "pinned" for shared histories'):
+        HistoryStore(NODES, DIMS, 0, shared=True, storage="device")
+
+
 def test_memory_that_runs_out_is_replaced_by_the_next_tier(on_host, monkeypatch, caplog):
     zeros = on_host.zeros
 

@@ -35,7 +35,7 @@ def cuda_tables(
     header : Header
         The sizes.
     arrays : sequence of (stamps, rows)
-        Of a file, for ``"mmap"``.
+        Of a file, for ``"mmap"``, or in memory that processes share, for ``"pinned"``; else none.
     pool : BufferPool
         Of host memory.
     host_gather : bool
@@ -43,14 +43,16 @@ def cuda_tables(
     """
     runtime = runtime_of(device)
     staged = storage == "mmap" or (storage == "pinned" and host_gather)
-    tables = None if staged else tables_on(runtime, storage, header)
+    tables = None if staged else tables_on(runtime, storage, header, arrays)
     if tables is not None:
         return list(tables), StreamLane(SideStream(runtime.index))
     return [StagedTable(stamps, rows, pool, runtime) for stamps, rows in arrays or empty_tables(header)], None
 
 
-def tables_on(runtime: Runtime, storage: str, header: Header) -> list[CudaTable] | None:
-    """Return tables of zeros that kernels write and read in place; None if there is no such memory."""
+def tables_on(
+    runtime: Runtime, storage: str, header: Header, arrays: Sequence[tuple[Any, Any]] = ()
+) -> list[CudaTable] | None:
+    """Return tables that kernels write and read in place, of zeros unless given; None if there is no such memory."""
     with runtime.activate():
         if storage == "device":
             try:
@@ -61,6 +63,9 @@ def tables_on(runtime: Runtime, storage: str, header: Header) -> list[CudaTable]
             except MemoryError as error:  # CuPy's OutOfMemoryError is one
                 logger.warning("histories do not fit into GPU memory (%s); keeping them in pinned host memory", error)
         try:
+            if arrays:  # stamps that others read lie beside the rows
+                pinned = [[runtime.pinned_view(array).array for array in pair] for pair in arrays]
+                return [CudaTable(runtime, *pair) for pair in pinned]
             return [
                 CudaTable(runtime, runtime.zeros(stamps.shape, stamps.dtype), runtime.pinned_view(rows).array)
                 for stamps, rows in empty_tables(header)

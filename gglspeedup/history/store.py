@@ -18,7 +18,7 @@ from gglspeedup.history.history_file import Header
 from gglspeedup.history.lane import Lane
 from gglspeedup.history.lane_gpu import StreamLane
 from gglspeedup.history.table import Common, History
-from gglspeedup.history.tables_cpu import HostTable, empty_tables
+from gglspeedup.history.tables_cpu import HostTable, SharedTables, empty_tables
 from gglspeedup.memory import BufferPool
 
 if TYPE_CHECKING:
@@ -65,6 +65,10 @@ class HistoryStore:
     host_gather : bool
         Of ``"pinned"``: whether the CPU picks and writes the rows, and whole blocks are copied, instead of a GPU that
         reads and writes each row in place. Which is faster depends on the machine; the rows are the same.
+    shared : bool
+        Whether the tables lie in host memory that processes share: unpickled in a spawned process, the store has the
+        same tables. A process sees its own pushes in their order; those of others as they come, so write different
+        nodes at a time, and let a process :meth:`synchronize`, and others wait for it, before they pull what it wrote.
 
     Raises
     ------
@@ -72,6 +76,8 @@ class HistoryStore:
         The CUDA device is not there.
     HistoryFileError
         The file is damaged, foreign, of other sizes, was not closed by its last writer, or the disk has no room.
+    ShareError
+        There is not so much memory that processes can share.
     ArgumentTypeError, ArgumentValueError
         An argument cannot be used; the message names it.
 
@@ -96,7 +102,7 @@ class HistoryStore:
     def __init__(
         self, num_nodes: int, dims: Sequence[int], device: DeviceLike = "auto", *, storage: str = "auto",
         dtype: str = "float32", path: str | os.PathLike[str] | None = None, pool_size: int | None = None,
-        buffer_size: int | None = None, host_gather: bool = False,
+        buffer_size: int | None = None, host_gather: bool = False, shared: bool = False,
     ) -> None:  # fmt: skip
         self.num_nodes = check_count(num_nodes, "num_nodes", 0)
         if isinstance(dims, (str, bytes)) or not hasattr(dims, "__iter__"):
@@ -113,14 +119,32 @@ class HistoryStore:
         self._depth = 4 * len(self.dims) if pool_size is None else check_count(pool_size, "pool_size", 1)
         self._buffer_rows = 0 if buffer_size is None else check_count(buffer_size, "buffer_size", 0)
         self.host_gather = check_flag(host_gather, "host_gather")
+        self._shared: SharedTables | None = None
+        if check_flag(shared, "shared"):
+            storage = self._shareable(storage)
         self.storage = self._choose(storage, path)
         self.path = os.fspath(path) if self.storage == "mmap" and path is not None else None
         header = Header(self.num_nodes, self.dims, self.dtype, (0,) * len(self.dims))
+        if shared:
+            self._shared = SharedTables(header)
         if self.path is not None:
             header, arrays = self._map(self.path, header)
             self._start(header, arrays)
         else:
             self._start(header)
+
+    @property
+    def shared(self) -> bool:
+        """Whether spawned processes have the same tables."""
+        return self._shared is not None
+
+    def _shareable(self, storage: str) -> str:
+        """Return the storage of tables that processes share."""
+        wanted = "pinned" if self.device.is_cuda else "device"
+        if storage not in ("auto", "pinned", wanted):
+            remedy = 'leave storage "auto", or make a store in each process'
+            raise ArgumentValueError(explain("storage", '"pinned" for shared histories', repr(storage), remedy))
+        return wanted
 
     def _choose(self, storage: str, path: Any) -> str:
         if storage != "auto":
@@ -150,7 +174,9 @@ class HistoryStore:
         return found, history_file.tables(path, found, "r+")
 
     def _start(self, header: Header, arrays: Sequence[tuple[Any, Any]] = ()) -> None:
-        """Make the tables: of the arrays of a file, or in memory, of zeros."""
+        """Make the tables: of the arrays of a file, of shared memory, or of zeros."""
+        if self._shared is not None:
+            arrays = self._shared.arrays
         pool = BufferPool()
         widest = max(self.dims) * history_file.numpy_dtype(self.dtype).itemsize
         made = [pool.empty((self._buffer_rows * widest,), np.uint8) for _ in range(self._depth)]
@@ -166,7 +192,8 @@ class HistoryStore:
             lane, queues = (lane if stream is None else stream), True
         else:
             tables = [HostTable(stamps, rows, pool) for stamps, rows in arrays or empty_tables(header)]
-        self._common = Common(lane, queues, header, arrays, self.path)
+        pushes = None if self._shared is None else self._shared.pushes
+        self._common = Common(lane, queues, header, arrays, self.path, pushes)
         self._lane = lane
         self._tables = [History(table, self._common, index) for index, table in enumerate(tables)]
 
@@ -214,7 +241,7 @@ class HistoryStore:
         return Staleness(float(known.mean()), int(known.max()), len(age) - len(known))
 
     def _header(self) -> Header:
-        return Header(self.num_nodes, self.dims, self.dtype, tuple(self._common.pushes))
+        return Header(self.num_nodes, self.dims, self.dtype, tuple(table.pushes for table in self._tables))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all tables to a file, with every push made before.
@@ -296,6 +323,9 @@ class HistoryStore:
             raise ArgumentValueError(explain("store", needs, got, "save() it, and load() it in the other process"))
         with self._lane.lock:
             state = {name: value for name, value in self.__dict__.items() if name[0] != "_" or name in _PICKLED}
+            if self._shared is not None:
+                self._lane.drain()
+                return {**state, "header": self._header(), "saved": None}
             saved = self._lane.run(lambda: [table.dump() for table in self._tables])
             return {**state, "header": self._header(), "saved": saved}
 
@@ -304,10 +334,11 @@ class HistoryStore:
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
         self._start(header)
-        self._lane.run(lambda: self._copy(saved))
+        if saved is not None:
+            self._lane.run(lambda: self._copy(saved))
 
 
-_PICKLED = ("_depth", "_buffer_rows")
+_PICKLED = ("_depth", "_buffer_rows", "_shared")
 
 
 def _dtype_name(dtype: Any) -> str:

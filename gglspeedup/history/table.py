@@ -50,14 +50,35 @@ class Common:
         Of each table, those of the file.
     path : str, optional
         The file that they are mapped to.
+    pushes : int64 array, optional
+        Where to count pushes, if other processes count theirs there.
     """
 
     def __init__(
-        self, lane: Lane | StreamLane, queues: bool, header: Header, arrays: Sequence[tuple[Any, Any]], path: str | None
-    ) -> None:
+        self, lane: Lane | StreamLane, queues: bool, header: Header, arrays: Sequence[tuple[Any, Any]],
+        path: str | None, pushes: Ids | None = None,
+    ) -> None:  # fmt: skip
         self.lane, self.queues = lane, queues
-        self.pushes = list(header.pushes)
+        self.pushes: Any = list(header.pushes) if pushes is None else pushes
+        self._shared = pushes is not None
         self.close = weakref.finalize(self, _close, lane, path, header, arrays, self.pushes)
+
+
+    def next_number(self, table: int) -> int:
+        """Return the number of the next push to a table, which is counted once it is on its way.
+
+        Where other processes push as well, it is counted at once.
+        """
+        if not self._shared:
+            return int(self.pushes[table]) + 1
+        from gglspeedup.kernels.history_cpu import next_number
+
+        return int(next_number(self.pushes, table))
+
+    def count(self, table: int, number: int) -> None:
+        """Count a push that is on its way."""
+        if not self._shared:
+            self.pushes[table] = number
 
 
 class History:
@@ -71,7 +92,7 @@ class History:
     @property
     def pushes(self) -> int:
         """The number of pushes so far."""
-        return self._common.pushes[self._index]
+        return int(self._common.pushes[self._index])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -116,7 +137,7 @@ class History:
         with self._lane.lock:
             queued = self._common.queues or self._lane.busy
             kept = table.values(values, rows, keep=queued)
-            number = self.pushes + 1
+            number = self._common.next_number(self._index)
             job: Callable[[], None]
             if n_id is None:
                 job = partial(table.push_ranges, kept, offset, count, number)
@@ -126,7 +147,7 @@ class History:
                 self._lane.submit(job)
             else:
                 self._lane.run(job)
-            self._common.pushes[self._index] = number
+            self._common.count(self._index, number)
 
     def _ranges(self, offset: Any, count: Any) -> tuple[Ids, Ids]:
         begins, lengths = np.array(host_ids(offset, "offset")), np.array(host_ids(count, "count"))
@@ -216,7 +237,7 @@ class History:
 
 
 def _close(
-    lane: Lane | StreamLane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Sequence[int]
+    lane: Lane | StreamLane, path: str | None, header: Header, arrays: Sequence[tuple[Any, Any]], pushes: Any
 ) -> None:
     lane.close()
     if path is None or not lane.ours:

@@ -13,6 +13,7 @@ from gglspeedup.history.history_file import Header, numpy_dtype
 from gglspeedup.interchange import is_numeric
 from gglspeedup.kernels.history import POSITION_BITS, stamp_of
 from gglspeedup.memory import BufferPool
+from gglspeedup.shared_array import SharedArray
 from gglspeedup.threads import announce_compilation, launching, numba
 
 Array = npt.NDArray[Any]
@@ -116,3 +117,32 @@ def empty_tables(header: Header) -> list[tuple[Ids, Array]]:
     """Return stamps and rows of zeros for each table, in memory."""
     kind = numpy_dtype(header.dtype)
     return [(np.zeros(header.num_nodes, np.int64), np.zeros((header.num_nodes, dim), kind)) for dim in header.dims]
+
+
+class SharedTables:
+    """Stamps and rows of all tables, and the numbers of their pushes, in memory that processes share.
+
+    Attributes
+    ----------
+    pushes : int64 array [tables]
+        How many pushes each table has had, of any process.
+    """
+
+    def __init__(self, header: Header) -> None:
+        kind = numpy_dtype(header.dtype)
+        bits = np.dtype(f"u{kind.itemsize}")  # of bfloat16 memory knows nothing
+        self._kind = kind
+        self._counts = SharedArray((len(header.dims),), np.int64)
+        self._tables = [
+            (SharedArray((header.num_nodes,), np.int64), SharedArray((header.num_nodes, dim), bits))
+            for dim in header.dims
+        ]
+
+    @property
+    def pushes(self) -> Ids:
+        return self._counts.array
+
+    @property
+    def arrays(self) -> list[tuple[Ids, Array]]:
+        """Stamps and rows of each table."""
+        return [(stamps.array, rows.array.view(self._kind)) for stamps, rows in self._tables]

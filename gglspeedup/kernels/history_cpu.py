@@ -6,10 +6,16 @@ import numpy as np
 from numba import njit, prange
 
 from gglspeedup.kernels.history import stamp_of
-from gglspeedup.kernels.intrinsics import copy_bytes
+from gglspeedup.kernels.intrinsics import copy_bytes, fetch_add
 
 _stamp_of = njit(stamp_of)
 _ROWS = 512  # a chunk
+
+
+@njit(cache=True, nogil=True)
+def next_number(pushes, table):
+    """Count a push to a table, which other processes may count at the same time, and return its number."""
+    return fetch_add(pushes, table, 1) + 1
 
 
 @njit(cache=True, nogil=True)
