@@ -52,6 +52,10 @@ status=0
     echo '```'
     timeout 60 "$python" -m benchmarks.overlap --device cuda:0 --graph rmat-20-30000000 --hidden 128 --batches 50 \
         --threads 8 --json "$stem-overlap.json" 2>&1 || status=1
+    timeout 60 "$python" -m benchmarks.histories --device cuda:0 --hidden 256 --ratios 0.5 1.5 2.5 --rounds 5 \
+        --json "$stem-histories.json" 2>&1 || status=1
+    timeout 70 "$python" -m benchmarks.depth --device cuda:0 --depths 4 16 --ways full gas recompute \
+        --json "$stem-depth.json" 2>&1 || status=1
     if "$python" -c 'import torch_geometric, tqdm' 2>/dev/null; then
         timeout 60 "$python" demo/sage_torch.py --dataset digits --device cuda:0 --out "$site/out" 2>&1 | tail -12
         [ "${PIPESTATUS[0]}" = 0 ] || status=1
@@ -63,7 +67,7 @@ status=0
 "$python" - "$stem" <<'PY'
 import json, pathlib, sys
 stem = sys.argv[1]
-parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather", "overlap")]
+parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather", "overlap", "histories", "depth")]
 merged = {}
 for part in parts:
     if part.exists():
