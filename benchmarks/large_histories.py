@@ -1,4 +1,4 @@
-"""Histories larger than the memory: all rows written, then rows from anywhere; ``python -m benchmarks.large_histories``.
+"""Histories larger than memory: all rows written, then rows from anywhere; ``python -m benchmarks.large_histories``.
 
 Each row is a function of its node, so that what is pulled is checked.
 """
