@@ -20,6 +20,7 @@ jax = ["jax>=0.4.30", "optax"]
 tensorlayerx = ["tensorlayerx>=0.5.8", 'gammagl>=0.4.0; python_version < "3.12"', *tensorflow]
 pyg = [*torch, "torch-geometric>=2.5"]
 metis = ["pymetis>=2025.2"]
+mpi = ["mpi4py>=4", "mpich"]  # an MPI that pip installs; with another one, install mpi4py alone
 lightning = [*pyg, "lightning>=2.2"]
 demo = ["tqdm", "matplotlib", "scikit-learn", "scipy"]
 setup(
@@ -49,10 +50,11 @@ setup(
         "pyg": pyg,
         "lightning": lightning,
         "metis": metis,
+        "mpi": mpi,
         "demo": demo,
         "test": [
-            *cuda, *lightning, *paddle, *tensorlayerx, *jax, *metis, *demo,
-            "pytest>=8", "hypothesis", "mypy", "ruff", "psutil",
+            *cuda, *lightning, *paddle, *tensorlayerx, *jax, *metis, *mpi, *demo,
+            "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "psutil",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

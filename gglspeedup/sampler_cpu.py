@@ -24,11 +24,11 @@ logger = logging.getLogger("gglspeedup")
 
 _MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
 # Up to here a dense table was as fast as a hash table or faster, whatever the batch (docs/benchmarks.md).
-_DENSE_NODES = 1 << 25
+DENSE_NODES = 1 << 25
 _ROWS_A_THREAD = 4096  # to count: waking a thread costs as much as that
 
 
-class _Workspace:
+class Workspace:
     """Scratch memory of one call in flight: the table of local ids, and buffers that only grow.
 
     An entry minus `base` is the local id of a node in this batch; entries below `base` are no entries. Each batch
@@ -96,14 +96,14 @@ class CpuSampler:
     def __init__(self, graph: CSRGraph | ShardedGraph, table: str = "auto") -> None:
         numba()
         self._graph = graph  # whose memory kernels read by its addresses
-        self._hashed = table == "hash" or (table == "auto" and graph.num_nodes > _DENSE_NODES)
+        self._hashed = table == "hash" or (table == "auto" and graph.num_nodes > DENSE_NODES)
         self._num_nodes = graph.num_nodes
         self._indptr = host_view(graph.indptr)
         self._indices = host_view(graph.indices)
         self._index_dtype = graph.indices.dtype
         self._edge_ids = np.empty(0, np.int64) if graph.edge_ids is None else host_view(graph.edge_ids)
         self._pool = BufferPool()
-        self._workspaces: list[_Workspace] = []
+        self._workspaces: list[Workspace] = []
         self._lock = threading.Lock()
 
     def sample(
@@ -128,7 +128,7 @@ class CpuSampler:
         with self._lock:
             workspace = self._workspaces.pop() if self._workspaces else None
         if workspace is None:
-            workspace = _Workspace(self._num_nodes, self._hashed, self._index_dtype)
+            workspace = Workspace(self._num_nodes, self._hashed, self._index_dtype)
         # After an error the workspace is dropped: its table may hold local ids of the batch that failed.
         result = self._sample(workspace, seeds, sizes, seed, batch, replace, expand)
         with self._lock:
@@ -136,7 +136,7 @@ class CpuSampler:
         return result
 
     def _sample(
-        self, space: _Workspace, seeds: Array, sizes: tuple[int, ...], seed: int, batch: int, replace: bool, expand: str
+        self, space: Workspace, seeds: Array, sizes: tuple[int, ...], seed: int, batch: int, replace: bool, expand: str
     ) -> tuple[Array, list[Hop]]:
         from gglspeedup.kernels import sample_cpu as kernels
 

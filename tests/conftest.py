@@ -35,6 +35,11 @@ def _default_threads():
     gglspeedup.set_num_threads(1 << 20)
 
 
+def named_memory() -> set[Path]:
+    """Shared memory that has a name, as Python's SharedMemory and ours would; of other tests' there may be more."""
+    return {path for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "gglspeedup"))}
+
+
 def random_graph(rng: np.random.Generator, num_nodes: int, most: int, hub: int = 0) -> gglspeedup.CSRGraph:
     """A graph with empty rows, self-loops, parallel edges and, if asked for, a hub at node 0."""
     degree = rng.integers(0, most + 1, num_nodes)

@@ -21,6 +21,7 @@ VARIANTS = [
     ("gather.cu", ()),
     ("gather.cu", ("IN_PIECES",)),
 ]
+_ALWAYS = ((), ("INDEX64", "HASH_TABLE", "IN_PIECES"))  # the two that differ most, for one architecture
 KERNELS = {
     "sample.cu": {
         "fill_ones", "refill_table", "insert_seeds", "check_seeds", "count_rows", "scan_sums", "draw_8", "draw_16",
@@ -55,10 +56,10 @@ def compile_to_cubin(file: str, macros: tuple[str, ...], architecture: int) -> b
 @pytest.mark.parametrize(
     ("file", "macros", "architecture"),
     [
-        # The two that differ most run always, for one architecture; the others share nearly all their code.
+        # The others share nearly all their code with those that run always.
         pytest.param(
             file, macros, architecture,
-            marks=() if architecture == 90 and macros in ((), ("INDEX64", "HASH_TABLE", "IN_PIECES")) else pytest.mark.slow,
+            marks=() if architecture == 90 and macros in _ALWAYS else pytest.mark.slow,
             id="-".join((file, *macros, str(architecture))),
         )
         for file, macros in VARIANTS

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import missing
+from conftest import missing, named_memory
 
 from gglspeedup import HistoryStore
 
@@ -57,7 +56,7 @@ def test_processes_have_the_same_tables(method, dtype):
 
 
 def test_what_is_shared_is_saved_restored_and_goes_away(tmp_path):
-    before = set(Path("/dev/shm").iterdir())
+    before = named_memory()
     store = HistoryStore(NODES, DIMS, "cpu", shared=True)
     twin = pickle.loads(pickle.dumps(store))
     assert store.shared and twin.shared and not HistoryStore(3, [1], "cpu").shared
@@ -69,7 +68,7 @@ def test_what_is_shared_is_saved_restored_and_goes_away(tmp_path):
     store.close()
     assert twin[1].pull([4]).tolist() == [[1] * 8]  # each closes for itself
     del store, twin
-    assert set(Path("/dev/shm").iterdir()) == before
+    assert named_memory() <= before
 
 
 def test_bad_input(tmp_path):

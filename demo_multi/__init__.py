@@ -1,0 +1,1 @@
+"""Programs that train one model in several processes, on one copy of the graph and of its features."""

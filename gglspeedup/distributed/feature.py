@@ -1,0 +1,213 @@
+"""`DistFeature`: node features whose rows lie on several ranks, with copies of the hottest remote ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import gglspeedup
+from gglspeedup.arguments import host_array
+from gglspeedup.distributed.book import PartBook
+from gglspeedup.distributed.collective import Collective, most_of_all
+from gglspeedup.distributed.communicator import Communicator, Ids
+from gglspeedup.distributed.hot_rows import by_degree, by_list, by_presampling
+from gglspeedup.distributed.part import GraphPart
+from gglspeedup.distributed.rows import Cache, RowExchange, book_of
+from gglspeedup.distributed.sampler import check_parts
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.interchange import integer_view, is_numeric
+from gglspeedup.memory import parse_size
+from gglspeedup.tiers_cpu import HostTier
+
+Array = npt.NDArray[Any]
+
+_TIERS = ("own", "cached", "remote")
+_FILL_BYTES = 1 << 26  # of a cache that are fetched at a time
+
+
+class DistFeature:
+    """A feature matrix of which each rank holds the rows of its part.
+
+    Every rank asks for rows together with the others, each for nodes of its own. Own rows are read where they lie;
+    a remote row travels once a call, however often it is asked for, unless the cache has it.
+
+    Parameters
+    ----------
+    part_or_book : GraphPart or PartBook
+        Who owns which row; rank i has part i.
+    communicator : Communicator
+        Of all ranks; to be used by one thread at a time.
+    rows : array or tensor [n] or [n, F], optional
+        Those of this part, in rising order of their nodes; any numeric dtype, the same on all ranks; also a
+        ``numpy.memmap``. By default the features of the part on disk.
+    cache : int, float or str
+        Memory for copies of remote rows, in bytes or as ``"0.1G"``; may differ from rank to rank.
+    policy : str or int array-like
+        Which ones: ``"presample"`` (those in the most batches of an epoch of this rank, with `sampler` and `seeds`),
+        ``"degree"`` (with a GraphPart), or nodes, hottest first.
+    sampler, seeds, batch_size
+        For ``"presample"``: a DistSampler with its sizes set, the seeds of this rank, and seeds a batch.
+
+    Raises
+    ------
+    RankError
+        Ranks have different partitions, dtypes or widths; all ranks say so.
+    CommunicatorError
+        A rank has died, or did not come.
+    ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+        An argument cannot be used; the message names it, and the other ranks raise RankError.
+
+    Examples
+    --------
+    >>> from gglspeedup.distributed import DistFeature, LocalCommunicator, PartBook
+    >>> features = DistFeature(PartBook.contiguous([0, 2]), LocalCommunicator(), np.array([[1.0, 2.0], [3.0, 4.0]]))
+    >>> features[[1, 0, 1]].tolist(), features.shape, features.hit_rate
+    ([[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]], (2, 2), 1.0)
+    """
+
+    def __init__(
+        self, part_or_book: GraphPart | PartBook, communicator: Communicator, rows: Any = None, *,
+        cache: int | float | str = "0", policy: Any = "presample", sampler: Any = None, seeds: Any = None,
+        batch_size: int = 1024,
+    ) -> None:  # fmt: skip
+        collective = self._collective = Collective(communicator)
+        self._served = np.zeros(len(_TIERS), np.int64)
+        self._cache: Cache | None = None
+        with collective.together():
+            collective.counts("DistFeature(...)", lambda: self._take_rows(part_or_book, rows, cache))
+            room = self._agree(part_or_book, policy)
+            if room:
+                self._fill(self._hottest(part_or_book, policy, room, sampler, seeds, batch_size))
+
+    def _take_rows(self, part_or_book: GraphPart | PartBook, rows: Any, cache: int | float | str) -> Ids:
+        book, rank = book_of(part_or_book), self._collective.rank
+        if rows is None:
+            rows = part_or_book.features if isinstance(part_or_book, GraphPart) else None
+            if rows is None:
+                remedy = "pass rows, or partition the graph with its features"
+                raise ArgumentTypeError(explain("rows", "the features of this rank's nodes", "none", remedy))
+        given = host_array(rows, "rows")
+        count = book.count_of(rank) if rank < book.num_parts else 0
+        if given.ndim not in (1, 2) or (len(given) != count and rank < book.num_parts):
+            needs = f"shape [{count}] or [{count}, F], a row for each node of part {rank}"
+            raise ArgumentValueError(explain("rows", needs, f"shape {given.shape}", "pass those of this part alone"))
+        if not is_numeric(given.dtype):
+            raise ArgumentTypeError(explain("rows", "a numeric dtype", f"dtype {given.dtype}", "convert it first"))
+        if not (given.flags.c_contiguous and given.flags.aligned and given.dtype.isnative):
+            given = np.ascontiguousarray(given, given.dtype.newbyteorder("="))
+        self.book, self.dtype = book, given.dtype
+        self._rows, _ = integer_view(given)  # rows are bytes, and not all that carry them know bfloat16
+        self._row_bytes = self._rows.itemsize * int(np.prod(self._rows.shape[1:], dtype=np.int64))
+        self._room = parse_size(cache, "cache") // max(1, self._row_bytes)
+        return np.empty((self._collective.size, 0), np.int64)
+
+    def _agree(self, part_or_book: GraphPart | PartBook, policy: Any) -> int:
+        """Compare with the other ranks; return the rows of the largest cache."""
+        book = self.book
+        facts = {
+            "version": gglspeedup.__version__,
+            "nodes": book.num_nodes,
+            "parts": book.num_parts,
+            "partition": book.checksum(),
+            "dtype": str(self.dtype),
+            "row shape": list(self._rows.shape[1:]),
+            "policy": policy if isinstance(policy, str) else "a list of nodes",
+        }
+        index = part_or_book.index if isinstance(part_or_book, GraphPart) else self._collective.rank
+        said = self._collective.same("DistFeature", facts, {"part": index, "room": self._room})
+        check_parts([own["part"] for own in said], book.num_parts, self._collective.size)
+        self._exchange = RowExchange(book, self._collective)
+        self._tier = HostTier(self._rows)
+        return int(max(own["room"] for own in said))
+
+    def _hottest(
+        self, part_or_book: GraphPart | PartBook, policy: Any, room: int, sampler: Any, seeds: Any, batch_size: int
+    ) -> Ids:
+        collective = self._collective
+        if not isinstance(policy, str):
+            return by_list(collective, self.book, policy)
+        if policy == "degree":
+            return by_degree(collective, part_or_book, room)
+        return by_presampling(collective, self.book, policy, sampler, seeds, batch_size)
+
+    def _fill(self, hottest: Ids) -> None:
+        """Fetch the rows of remote nodes, hottest first, as many as there is room for."""
+        nodes = hottest[: self._room]
+        rows = np.empty((len(nodes), *self._rows.shape[1:]), self._rows.dtype)
+        at_a_time = max(1, _FILL_BYTES // max(1, self._row_bytes))
+        for index in range(most_of_all(self._collective.communicator, -(-len(nodes) // at_a_time))):
+            begin = index * at_a_time
+            part, _ = self._fetch("the filling of caches", nodes[begin : begin + at_a_time])
+            rows[begin : begin + len(part)] = part
+        self._cache = Cache(nodes, rows)
+
+    def _fetch(self, step: str, n_id: Any) -> tuple[Array, Ids]:
+        return self._exchange.fetch(step, n_id, lambda rows: (self._rows, rows), self._tier.take, self._cache)
+
+    def __getitem__(self, n_id: Any) -> Any:
+        """Return the rows of some nodes; collective.
+
+        Parameters
+        ----------
+        n_id : int array-like or tensor [n]
+            Nodes of the whole graph, also repeated, and those of several batches one after the other: what is asked
+            for twice in a call travels once. None at all, if other ranks have batches left and this one has not.
+
+        Returns
+        -------
+        array [n] or [n, F]
+            A buffer of its own, 64-byte aligned, used again once all that shares it is gone.
+
+        Raises
+        ------
+        ArgumentIndexError, ArgumentTypeError, ArgumentValueError
+            They are no ids of nodes; the first one out of range is named.
+        RankError
+            Those of another rank are not; the message says which, and why.
+        CommunicatorError
+            A rank has died, did not come, or makes another call.
+        """
+        with self._collective.together():
+            rows, served = self._fetch("DistFeature[...]", n_id)
+        self._served += served
+        return rows if rows.dtype == self.dtype else rows.view(self.dtype)
+
+    take = __getitem__
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole matrix."""
+        return (self.book.num_nodes, *self._rows.shape[1:])
+
+    def dim(self) -> int:
+        """Return the width of a row, 1 for a vector of scalars."""
+        return int(self._rows.shape[1]) if self._rows.ndim == 2 else 1
+
+    @property
+    def cached(self) -> int:
+        """How many remote rows this rank keeps copies of."""
+        return 0 if self._cache is None else len(self._cache.rows)
+
+    @property
+    def hit_rate(self) -> float:
+        """The fraction of the rows served so far that did not travel; 0.0 before the first."""
+        served = int(self._served.sum())
+        return float(1 - self._served[2] / served) if served else 0.0
+
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Return the rows and bytes that were served to this rank: its own, cached, and from other ranks."""
+        counts = zip(_TIERS, self._served.tolist(), strict=True)
+        return {name: {"rows": rows, "bytes": rows * self._row_bytes} for name, rows in counts}
+
+    def traffic(self) -> dict[str, dict[str, int]]:
+        """Return what this rank has sent to others and received: bytes of counts, ids and rows, and messages."""
+        return self._collective.traffic_by_kind()
+
+    def __len__(self) -> int:
+        return self.book.num_nodes
+
+    def __repr__(self) -> str:
+        where = f"rank {self._collective.rank} of {self._collective.size}"
+        return f"DistFeature({where}, shape={self.shape}, dtype={self.dtype}, {self.cached} rows cached)"

@@ -1,0 +1,154 @@
+"""Rows of nodes that lie with their owners: asked for once each, sent back, and put where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gglspeedup.arguments import check_range, host_ids
+from gglspeedup.distributed.book import PartBook
+from gglspeedup.distributed.collective import Collective
+from gglspeedup.distributed.communicator import Ids, offsets_of
+from gglspeedup.distributed.part import GraphPart
+from gglspeedup.errors import ArgumentTypeError, explain
+from gglspeedup.memory import BufferPool
+from gglspeedup.sampler_cpu import DENSE_NODES
+from gglspeedup.sampler_cpu import Workspace as Workspace
+from gglspeedup.threads import announce_compilation, launching, numba
+
+Array = npt.NDArray[Any]
+
+
+class Cache:
+    """Copies of rows that other ranks own.
+
+    Parameters
+    ----------
+    nodes : int64 array [n]
+        Unique.
+    rows : C-contiguous array [n, ...]
+        Theirs.
+    """
+
+    def __init__(self, nodes: Ids, rows: Array) -> None:
+        from gglspeedup.kernels.sample_cpu import insert_nodes
+
+        self.rows = rows
+        space = Workspace(0, True, np.int64)
+        if len(nodes):
+            space.reserve(len(nodes), 0, nodes)
+            insert_nodes(0, len(nodes), 1, space.keys, space.table, nodes)
+        self.keys, self.table = space.keys, space.table
+
+
+class RowExchange:
+    """Fetches rows of any nodes for each rank, together with the other ranks.
+
+    Parameters
+    ----------
+    book : PartBook
+        Who owns which row; rank i owns part i.
+    collective : Collective
+        Of the ranks.
+
+    Attributes
+    ----------
+    id_dtype : dtype
+        What ids travel as: int32 where those of all nodes fit.
+    """
+
+    def __init__(self, book: PartBook, collective: Collective) -> None:
+        numba()
+        self._book, self._collective = book, collective
+        self.id_dtype = np.dtype(np.int32 if book.num_nodes <= np.iinfo(np.int32).max else np.int64)
+        self._space = Workspace(book.num_nodes, book.num_nodes > DENSE_NODES, np.int64)
+        self._pool = BufferPool()
+
+    def fetch(
+        self, step: str, n_id: Any, own: Callable[[Ids], tuple[Array, Ids | None]], send: Callable[[Ids], Array],
+        cache: Cache | None = None,
+    ) -> tuple[Array, Ids]:  # fmt: skip
+        """Return the rows of some nodes; collective.
+
+        Parameters
+        ----------
+        step : str
+            What this is, in errors; the same on all ranks.
+        n_id : int array-like or tensor [n]
+            Nodes of the whole graph, also repeated; each rank has its own.
+        own : function
+            Of rows of this part: an array, and which of its rows they are; None for one after the other.
+        send : function
+            Of rows of this part: those rows, contiguous, of the dtype and shape that all ranks have.
+        cache : Cache, optional
+            Where to look before asking others.
+
+        Returns
+        -------
+        array [n, ...]
+            A buffer of its own, 64-byte aligned.
+        int64 array [3]
+            How many of them are own, cached and remote.
+        """
+        from gglspeedup.kernels import ranks_cpu as kernels
+
+        announce_compilation(kernels.gather_mixed)
+        collective, rank = self._collective, self._collective.rank
+        plan: list[tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]] = []
+
+        def ask() -> Ids:
+            ids = host_ids(n_id, "n_id")
+            check_range(ids, self._book.num_nodes, "n_id")
+            plan.append(self._plan(ids, cache))
+            return plan[0][-1][:, None]
+
+        asked = collective.counts(step, ask)[:, 0]
+        ids, kind, place, sent, moved, counts = plan[0]
+        wanted = collective.exchange("ids", sent, counts, asked).astype(np.int64, copy=False)
+        answer = send(self._book.rows_of(rank, wanted))
+        received = collective.exchange("rows", answer, asked, counts)
+        mine = np.flatnonzero(kind == kernels.OWN)
+        source, rows = own(self._book.rows_of(rank, ids[mine]))
+        place[mine] = np.arange(len(mine)) if rows is None else rows
+        out = self._pool.empty((len(ids), *answer.shape[1:]), answer.dtype)
+        width = answer.itemsize * int(np.prod(answer.shape[1:], dtype=np.int64))
+        with launching():
+            kernels.gather_mixed(
+                kind, place, moved, source.ctypes.data, 0 if cache is None else cache.rows.ctypes.data,
+                received.ctypes.data, out.ctypes.data, width,
+            )  # fmt: skip
+        return out, np.bincount(kind, minlength=3)
+
+    def _plan(self, ids: Ids, cache: Cache | None) -> tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]:
+        """Return the ids, where each row comes from, and the requests: nodes, by owner, where each is, and counts."""
+        from gglspeedup.kernels import ranks_cpu as kernels
+
+        space, count = self._space, len(ids)
+        base = space.begin()
+        space.reserve(count, 0, ids)
+        owners = self._book.owner_of(ids)
+        kind, place = space.array("kind", count, np.uint8), space.array("place", count, np.int64)
+        unique, owner_of_unique = space.array("unique", count, np.int64), space.array("owner", count, np.uint16)
+        counts = np.empty(self._collective.size, np.int64)
+        keys, table = (cache.keys, cache.table) if cache is not None else (np.empty(0, np.int64), np.empty(0, np.int32))
+        found = kernels.list_requests(
+            owners, self._collective.rank, ids, base, space.keys, space.table, keys, table, kind, place, counts,
+            unique, owner_of_unique,
+        )  # fmt: skip
+        space.base = base + found
+        sent, moved = np.empty(found, self.id_dtype), space.array("moved", found, np.int64)
+        kernels.order_requests(unique[:found], owner_of_unique[:found], offsets_of(counts)[:-1].copy(), sent, moved)
+        return ids, kind, place, sent, moved, counts
+
+
+def book_of(part_or_book: GraphPart | PartBook) -> PartBook:
+    """Return the book; raise ArgumentTypeError if it is neither a part nor a book."""
+    if isinstance(part_or_book, GraphPart):
+        return part_or_book.book
+    if isinstance(part_or_book, PartBook):
+        return part_or_book
+    got = type(part_or_book).__name__
+    raise ArgumentTypeError(explain("part_or_book", "a GraphPart or a PartBook", got, "pass the sampler's part"))
