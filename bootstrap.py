@@ -5,7 +5,9 @@
     python3 bootstrap.py test [options of pytest]
 
 The demos are GraphSAGE in torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax; gas, which is
-GNNAutoScale's small benchmark; and its examples gas_gcnii, gas_gin, gas_lightning, gas_tensorlayerx and gas_jax.
+GNNAutoScale's small benchmark; its examples gas_gcnii, gas_gin, gas_lightning, gas_tensorlayerx and gas_jax; and
+GraphSAGE in several processes: multi_torch, multi_paddle, multi_tensorflow, and dist, of which `.venv/bin/mpiexec` starts
+more than one.
 
 It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
 again, so a second call starts at once.
@@ -41,8 +43,20 @@ EXTRAS = {
     "gas_lightning": "lightning,metis",
     "gas_tensorlayerx": "tensorlayerx,metis",
     "gas_jax": "jax,metis",
+    "multi_torch": "pyg",
+    "multi_paddle": "paddle",
+    "multi_tensorflow": "tensorflow",
+    "dist": "pyg,mpi",
 }
-WITH_TORCH = ("torch", "pyg", "lightning", "gas", "gas_gcnii", "gas_gin", "gas_lightning")
+WITH_TORCH = ("torch", "pyg", "lightning", "gas", "gas_gcnii", "gas_gin", "gas_lightning", "multi_torch", "dist")
+# Where the others are, sage_NAME.py in demo.
+PROGRAMS = {
+    "gas": "demo/gas_small.py",
+    "multi_torch": "demo_multi/sage_torch_ddp.py",
+    "multi_paddle": "demo_multi/sage_paddle_spawn.py",
+    "multi_tensorflow": "demo_multi/sage_tensorflow_workers.py",
+    "dist": "demo_multi/dist_sage.py",
+}
 USAGE = f"usage: python3 bootstrap.py demo [{'|'.join(EXTRAS)}] [options of the demo] | test [options of pytest]"
 
 
@@ -89,9 +103,11 @@ def check_python(version: tuple[int, ...]) -> None:
 def commands(job: str, python: Path, options: Sequence[str]) -> list[list[str]]:
     """Return what a job runs, in order."""
     if job != "test":
-        program = "gas_small" if job == "gas" else job if job.startswith("gas_") else f"sage_{job}"
-        return [[str(python), str(ROOT / "demo" / f"{program}.py"), *options]]
-    return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], ["pytest", *options])]
+        usual = f"demo/{job}.py" if job.startswith("gas_") else f"demo/sage_{job}.py"
+        return [[str(python), str(ROOT / PROGRAMS.get(job, usual)), *options]]
+    # A process a core; a file's tests share one, as they share what it sets up.
+    tests = ["pytest", "-n", "auto", "--dist", "loadfile", *options]
+    return [[str(python), "-m", *tool] for tool in (["ruff", "check"], ["mypy"], tests)]
 
 
 def prepare(venv: Path, job: str) -> Path:
