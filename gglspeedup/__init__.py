@@ -5,6 +5,7 @@ Importing it imports no framework and needs no GPU, driver or CuPy.
 
 from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.errors import DeviceError, GGLSpeedupError
+from gglspeedup.evaluator import OverlappedEvaluator
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
@@ -13,6 +14,7 @@ from gglspeedup.loader import NodeLoader
 from gglspeedup.multigpufeature import Multi_CGPUFeature
 from gglspeedup.multigpusample import MultiGPUSampler
 from gglspeedup.partitions import partition, permute
+from gglspeedup.prefetcher import Prefetcher
 from gglspeedup.subgraphs import SubgraphLoader
 from gglspeedup.threads import set_num_threads
 
@@ -29,6 +31,8 @@ __all__ = [
     "MultiGPUSampler",
     "Multi_CGPUFeature",
     "NodeLoader",
+    "OverlappedEvaluator",
+    "Prefetcher",
     "SampledBatch",
     "SubgraphLoader",
     "partition",

@@ -28,6 +28,11 @@ class _Channel:
         self.ended = False  # no item will follow
         self.closed = False  # no item is wanted any more
         self.error: BaseException | None = None
+        self.reader: int | None = None  # the thread that took the last item
+
+
+class _Worker(threading.Thread):
+    """A thread that makes items."""
 
 
 def _work(source: Iterator[Any], channel: _Channel) -> None:
@@ -59,12 +64,16 @@ def _work(source: Iterator[Any], channel: _Channel) -> None:
 
 
 def _close(channel: _Channel, thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process:
+        return  # a forked child has no such thread to wait for, and a lock that was held at the fork stays held
     with channel.changed:
         channel.closed = True
         channel.items.clear()
         channel.changed.notify_all()
-    # The garbage collector may call this from the thread itself; a forked child has no such thread to wait for.
-    if thread is not threading.current_thread() and os.getpid() == process:
+    # The garbage collector may call this from any thread: from the one to wait for, or, where iterators read from each
+    # other, from one that this one waits for. A worker therefore waits for none but those that it has read from.
+    current = threading.current_thread()
+    if not isinstance(current, _Worker) or (thread is not current and channel.reader in (None, current.ident)):
         thread.join()
 
 
@@ -92,9 +101,7 @@ class Prefetched(Generic[Item]):
         self._channel = _Channel(depth)
         self._process = os.getpid()
         # A daemon, since a reader that is alive at exit would otherwise be waited for before `finalize` can end it.
-        thread = threading.Thread(
-            target=_work, args=(source, self._channel), name="gglspeedup-prefetch", daemon=True
-        )  # fmt: skip
+        thread = _Worker(target=_work, args=(source, self._channel), name="gglspeedup-prefetch", daemon=True)
         self._finalizer = weakref.finalize(self, _close, self._channel, thread, self._process)
         thread.start()
 
@@ -113,6 +120,7 @@ class Prefetched(Generic[Item]):
             raise ForkedError("the prefetching iterator belongs to another process; make it after forking, or spawn")
         channel = self._channel
         with channel.changed:
+            channel.reader = threading.get_ident()
             channel.changed.wait_for(lambda: channel.items or channel.ended or channel.closed)
             if channel.items:
                 item: Item = channel.items.popleft()
@@ -120,7 +128,10 @@ class Prefetched(Generic[Item]):
                 return item
             error, channel.error = channel.error, None
         if error is not None:
-            raise error
+            try:
+                raise error
+            finally:
+                del error  # its traceback has this frame, and the two would keep each other alive
         raise StopIteration
 
     def close(self) -> None:

@@ -13,6 +13,9 @@ PACKAGE = Path(gglspeedup.__file__).parent
 LAYERS = [
     ["errors", "__init__"],
     ["threads", "device", "memory", "interchange", "arguments", "prefetch", "side_stream"],
+    ["prefetcher", "evaluator_process"],
+    ["evaluator_desk"],
+    ["evaluator"],
     ["kernels"],
     ["page_file"],
     ["graph_file"],
