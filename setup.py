@@ -32,7 +32,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["gglspeedup", "gglspeedup.kernels", "gglspeedup.history", "gglspeedup.distributed", "gglspeedup.adapters"],
+    packages=["gglspeedup", *(f"gglspeedup.{part}" for part in ("kernels", "history", "distributed", "adapters"))],
     package_dir={"gglspeedup.adapters": "adapters"},
     package_data={"gglspeedup": ["py.typed"], "gglspeedup.kernels": ["*.cu", "*.cuh"]},
     install_requires=[
@@ -54,7 +54,7 @@ setup(
         "demo": demo,
         "test": [
             *cuda, *lightning, *paddle, *tensorlayerx, *jax, *metis, *mpi, *demo,
-            "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "psutil",
+            "pytest>=8", "pytest-xdist", "hypothesis", "mypy", "ruff", "psutil", "nvidia-cuda-nvdisasm>=13.2",
         ],
     },
     classifiers=["Programming Language :: Python :: 3", "Topic :: Scientific/Engineering :: Artificial Intelligence"],

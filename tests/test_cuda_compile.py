@@ -25,7 +25,7 @@ _ALWAYS = ((), ("INDEX64", "HASH_TABLE", "IN_PIECES"))  # the two that differ mo
 KERNELS = {
     "sample.cu": {
         "fill_ones", "refill_table", "insert_seeds", "check_seeds", "count_rows", "scan_sums", "draw_8", "draw_16",
-        "draw_32", "draw_wide", "draw_all", "count_first", "assign", "emit_edges", "copy_ids",
+        "draw_32", "draw_128", "draw_1024", "draw_all", "count_first", "assign", "emit_edges", "copy_ids",
     },
     "gather.cu": {"check_ids", *(f"{op}_rows_{width}" for op in ("gather", "scatter") for width in (16, 8, 4, 2, 1))},
 }  # fmt: skip

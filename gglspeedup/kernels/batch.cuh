@@ -16,7 +16,6 @@ typedef u32 Key;
 #define TILE_EDGES 1024  // edges of one block sum: 8 warps, 4 rounds of 32
 #define EDGE_THREADS 256
 #define MAX_FANOUT 1024
-#define CELLS (2 * MAX_FANOUT)
 
 // Cells of `state`; sample_gpu.py has the same.
 enum { SEEDS = 0, SEED = 1, BATCH = 2, STAMP = 3, BAD_RANGE = 4, BAD_DUPLICATE = 5, NODES = 6, EDGES = 7 };
@@ -25,15 +24,16 @@ enum { SEEDS = 0, SEED = 1, BATCH = 2, STAMP = 3, BAD_RANGE = 4, BAD_DUPLICATE =
 __device__ __forceinline__ i64 nodes_before(const i64 *state, int hop) { return state[NODES + 2 * hop]; }
 __device__ __forceinline__ i64 edges_before(const i64 *state, int hop) { return state[EDGES + 2 * hop]; }
 
+// Positions, and so rows and edges of a batch, are below 2^31 (workspace_gpu.py): 32 bits of them save registers.
 struct Rows {
-    i64 low, count;
+    u32 low, count;
 };
 
 // The rows a hop draws: all nodes so far, or those the last hop brought; none once a seed is known to be bad.
 __device__ __forceinline__ Rows rows_of(const i64 *state, int hop, int frontier) {
     Rows rows;
-    rows.low = (frontier && hop > 0) ? nodes_before(state, hop - 1) : 0;
-    rows.count = nodes_before(state, hop) - rows.low;
+    rows.low = (frontier && hop > 0) ? (u32)nodes_before(state, hop - 1) : 0;
+    rows.count = (u32)nodes_before(state, hop) - rows.low;
     if (state[BAD_RANGE] != NONE || state[BAD_DUPLICATE] != NONE) rows.count = 0;
     return rows;
 }

@@ -17,15 +17,15 @@ struct Output {
 };
 
 __device__ __forceinline__ void write_edge(
-    const Output &out, const Table &table, VECTOR(Index) indices, i64 hop_edges, i64 seeds, i64 edge, i64 place,
-    i64 target
+    const Output &out, const Table &table, VECTOR(Index) indices, u32 hop_edges, u32 seeds, u32 edge, i64 place,
+    u32 target
 ) {
     const Index neighbour = indices[place];
-    const i64 e = hop_edges + edge;
+    const u32 e = hop_edges + edge;
     out.neighbour[edge] = neighbour;
     out.position[e] = place;
     out.target[e] = (int)target;
-    const u32 cell = put(table, neighbour, (u32)(seeds + e));
+    const u32 cell = put(table, neighbour, seeds + e);
 #ifdef HASH_TABLE
     out.first[seeds + e] = cell;
 #else
@@ -46,26 +46,27 @@ template <int WIDTH> __device__ __forceinline__ void draw_narrow(DRAW_PARAMETERS
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};
-    const i64 hop_edges = edges_before(state, hop), seeds = state[SEEDS];
+    const u32 hop_edges = (u32)edges_before(state, hop), seeds = (u32)state[SEEDS];
     const u64 seed = (u64)state[SEED], batch = (u64)state[BATCH];
     const int lane = threadIdx.x & 31, j = lane & (WIDTH - 1), group = lane / WIDTH;
-    const i64 step = (i64)gridDim.x * (blockDim.x / WIDTH);
-    const i64 warp = (i64)blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    for (i64 low = warp * (32 / WIDTH); low < rows.count; low += step) {
-        const i64 r = low + group;
+    const u32 step = gridDim.x * (blockDim.x / WIDTH);
+    const u32 warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
+    for (u32 low = warp * (32 / WIDTH); low < rows.count; low += step) {
+        const u32 r = low + group;
         const bool live = r < rows.count;
-        i64 start = 0, edge = 0, count = 0;
-        u32 degree = 0, pick = (u32)j;
+        i64 start = 0, node = 0;
+        u32 degree = 0, edge = 0, count = 0, pick = (u32)j;
         bool draws = false;
         if (live) {
             start = row_start[r];
+            node = nodes[rows.low + r];  // beside the others, though few rows may need it: it is not waited for on its own
             degree = row_degree[r];
-            edge = sums[r / TILE_ROWS] + row_first[r];
-            count = edges_of(degree, fanout, replace);
-            draws = j < count && (replace || degree > (u32)fanout);
+            edge = (u32)sums[r / TILE_ROWS] + row_first[r];
+            count = (u32)edges_of(degree, fanout, replace);
+            draws = (u32)j < count && (replace || degree > (u32)fanout);
         }
         if (draws) {
-            const Stream stream = stream_of(seed, batch, hop, nodes[rows.low + r]);
+            const Stream stream = stream_of(seed, batch, hop, node);
             pick = bounded(stream, (u32)j, replace ? degree : degree - (u32)fanout + (u32)j + 1u);
         }
         if (!replace && __ballot_sync(FULL, draws) != 0) {
@@ -80,7 +81,7 @@ template <int WIDTH> __device__ __forceinline__ void draw_narrow(DRAW_PARAMETERS
             }
             if (draws && chain == REPLACED) pick = base + (u32)j;
         }
-        if (j < count)
+        if ((u32)j < count)
             write_edge(out, table, indices, hop_edges, seeds, edge + j, start + pick, rows.low + r);
     }
 }
@@ -89,26 +90,26 @@ extern "C" __global__ void draw_8(DRAW_PARAMETERS) { draw_narrow<8>(DRAW_ARGUMEN
 extern "C" __global__ void draw_16(DRAW_PARAMETERS) { draw_narrow<16>(DRAW_ARGUMENTS); }
 extern "C" __global__ void draw_32(DRAW_PARAMETERS) { draw_narrow<32>(DRAW_ARGUMENTS); }
 
-// A block a row, fanout <= MAX_FANOUT. The first of equal draws comes out of a hash of value -> smallest index.
-extern "C" __global__ void draw_wide(DRAW_PARAMETERS) {
-    __shared__ u32 cell_value[CELLS], cell_index[CELLS];
-    __shared__ u32 picks[MAX_FANOUT];
-    __shared__ unsigned short cell_of[MAX_FANOUT], chains[2][MAX_FANOUT];
+// A block a row, fanout <= LARGEST. The first of equal draws comes out of a hash of value -> smallest index.
+template <int LARGEST> __device__ __forceinline__ void draw_wide(DRAW_PARAMETERS) {
+    __shared__ u32 cell_value[2 * LARGEST], cell_index[2 * LARGEST];
+    __shared__ unsigned short cell_of[LARGEST], chains[2][LARGEST];
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};
-    const i64 hop_edges = edges_before(state, hop), seeds = state[SEEDS];
+    const u32 hop_edges = (u32)edges_before(state, hop), seeds = (u32)state[SEEDS];
     const int thread = threadIdx.x, threads = blockDim.x;
     u32 cells = 64;
     while (cells < 2u * (u32)fanout) cells *= 2;
-    for (i64 r = blockIdx.x; r < rows.count; r += gridDim.x) {
+    for (u32 r = blockIdx.x; r < rows.count; r += gridDim.x) {
         const i64 start = row_start[r];
+        const i64 node = nodes[rows.low + r];
         const u32 degree = row_degree[r];
-        const i64 edge = sums[r / TILE_ROWS] + row_first[r];
+        const u32 edge = (u32)sums[r / TILE_ROWS] + row_first[r];
         const int count = (int)edges_of(degree, fanout, replace);
         const bool draws = count > 0 && (replace || degree > (u32)fanout);
+        const Stream stream = stream_of((u64)state[SEED], (u64)state[BATCH], hop, node);
         if (!draws || replace) {
-            const Stream stream = stream_of((u64)state[SEED], (u64)state[BATCH], hop, nodes[rows.low + r]);
             for (int j = thread; j < count; j += threads) {
                 const u32 pick = draws ? bounded(stream, (u32)j, degree) : (u32)j;
                 write_edge(out, table, indices, hop_edges, seeds, edge + j, start + pick, rows.low + r);
@@ -116,7 +117,6 @@ extern "C" __global__ void draw_wide(DRAW_PARAMETERS) {
             continue;
         }
         const u32 base = degree - (u32)fanout;
-        const Stream stream = stream_of((u64)state[SEED], (u64)state[BATCH], hop, nodes[rows.low + r]);
         for (int c = thread; c < (int)cells; c += threads) {
             cell_value[c] = FULL;
             cell_index[c] = FULL;
@@ -131,16 +131,16 @@ extern "C" __global__ void draw_wide(DRAW_PARAMETERS) {
                 cell = (cell + 1) & (cells - 1);
             }
             atomicMin(&cell_index[cell], (u32)j);
-            picks[j] = pick;
             cell_of[j] = (unsigned short)cell;
         }
         __syncthreads();
         bool more = false;
         for (int j = thread; j < count; j += threads) {
             const bool seen = cell_index[cell_of[j]] < (u32)j;
+            const u32 pick = cell_value[cell_of[j]];
             u32 chain = seen ? REPLACED : KEPT;
-            if (!seen && picks[j] >= base && picks[j] - base < (u32)j) {
-                chain = picks[j] - base;
+            if (!seen && pick >= base && pick - base < (u32)j) {
+                chain = pick - base;
                 more = true;
             }
             chains[0][j] = (unsigned short)chain;
@@ -157,18 +157,22 @@ extern "C" __global__ void draw_wide(DRAW_PARAMETERS) {
             side = 1 - side;
         }
         for (int j = thread; j < count; j += threads) {
-            const u32 pick = chains[side][j] == REPLACED ? base + (u32)j : picks[j];
+            const u32 pick = chains[side][j] == REPLACED ? base + (u32)j : cell_value[cell_of[j]];
             write_edge(out, table, indices, hop_edges, seeds, edge + j, start + pick, rows.low + r);
         }
         __syncthreads();  // the next row clears the cells
     }
 }
 
+// Two, as a block of the larger one takes eight times the shared memory, and so the place of other blocks.
+extern "C" __global__ void draw_128(DRAW_PARAMETERS) { draw_wide<128>(DRAW_ARGUMENTS); }
+extern "C" __global__ void draw_1024(DRAW_PARAMETERS) { draw_wide<MAX_FANOUT>(DRAW_ARGUMENTS); }
+
 // The last row of [low, high] whose first edge is not after `edge`; it is not empty, for the next one begins later.
-__device__ __forceinline__ i64 row_of(i64 edge, i64 low, i64 high, const u32 *row_first, const i64 *sums) {
+__device__ __forceinline__ u32 row_of(u32 edge, u32 low, u32 high, const u32 *row_first, const i64 *sums) {
     while (low < high) {
-        const i64 middle = low + (high - low + 1) / 2;
-        if (sums[middle / TILE_ROWS] + row_first[middle] <= edge) {
+        const u32 middle = low + (high - low + 1) / 2;
+        if ((u32)sums[middle / TILE_ROWS] + row_first[middle] <= edge) {
             low = middle;
         } else {
             high = middle - 1;
@@ -179,24 +183,24 @@ __device__ __forceinline__ i64 row_of(i64 edge, i64 low, i64 high, const u32 *ro
 
 // Every neighbour of every row: threads are dealt out by edges, so that a hub's row is shared by many blocks.
 extern "C" __global__ void draw_all(DRAW_PARAMETERS) {
-    __shared__ i64 ends[2];
+    __shared__ u32 ends[2];
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};
-    const i64 hop_edges = edges_before(state, hop), seeds = state[SEEDS];
-    const i64 count = edges_before(state, hop + 1) - hop_edges;
+    const u32 hop_edges = (u32)edges_before(state, hop), seeds = (u32)state[SEEDS];
+    const u32 count = (u32)edges_before(state, hop + 1) - hop_edges;
     (void)nodes;
     (void)row_degree;
     (void)fanout;
     (void)replace;
-    for (i64 low = (i64)blockIdx.x * TILE_EDGES; low < count; low += (i64)gridDim.x * TILE_EDGES) {
-        const i64 high = low + TILE_EDGES < count ? low + TILE_EDGES : count;
+    for (u32 low = blockIdx.x * TILE_EDGES; low < count; low += gridDim.x * TILE_EDGES) {
+        const u32 high = low + TILE_EDGES < count ? low + TILE_EDGES : count;
         __syncthreads();
         if (threadIdx.x < 2) ends[threadIdx.x] = row_of(threadIdx.x ? high - 1 : low, 0, rows.count - 1, row_first, sums);
         __syncthreads();
-        for (i64 e = low + threadIdx.x; e < high; e += blockDim.x) {
-            const i64 r = row_of(e, ends[0], ends[1], row_first, sums);
-            const i64 place = row_start[r] + e - (sums[r / TILE_ROWS] + row_first[r]);
+        for (u32 e = low + threadIdx.x; e < high; e += blockDim.x) {
+            const u32 r = row_of(e, ends[0], ends[1], row_first, sums);
+            const i64 place = row_start[r] + (e - ((u32)sums[r / TILE_ROWS] + row_first[r]));
             write_edge(out, table, indices, hop_edges, seeds, e, place, rows.low + r);
         }
     }

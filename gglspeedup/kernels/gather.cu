@@ -9,6 +9,7 @@ typedef unsigned long long u64;
 typedef long long i64;
 
 #include "pieces.cuh"
+#include "registers.cuh"
 
 #define FULL 0xFFFFFFFFu
 #define ROWS 4
@@ -26,56 +27,50 @@ template <class Word> __device__ __forceinline__ void gather_words(
     if (threadIdx.x < 2) served[threadIdx.x] = 0;
     __syncthreads();
     const int lane = threadIdx.x & (lanes - 1);
-    const i64 groups = (i64)gridDim.x * (blockDim.x / lanes);
-    const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
-    u32 hot_rows = 0, cold_rows = 0;
+    const int shift = __ffs(lanes) - 1;  // a division by a power of two that the compiler does not know
+    const i64 groups = (i64)gridDim.x * (blockDim.x >> shift);
+    const i64 group = (i64)blockIdx.x * (blockDim.x >> shift) + (threadIdx.x >> shift);
     for (i64 low = group * ROWS; low < count; low += groups * ROWS) {
         i64 id[ROWS];
-        const Word *from[ROWS];
-        bool is_hot[ROWS];
+        // All ids before the first check: what a check may write, the compiler lets no later read overtake.
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) id[k] = low + k < count ? ids[low + k] : -1;
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) {
-            id[k] = low + k < count ? ids[low + k] : -1;
             if (low + k < count && (id[k] < 0 || id[k] >= num_rows)) {
                 if (lane == 0) atomicMin(bad, (u64)(low + k));
                 id[k] = -1;
             }
         }
+        int place[ROWS];
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) place[k] = mode >= BY_SLOT && id[k] >= 0 ? slot[id[k]] : mode - ONLY_HOT;
+        u32 hot_rows = 0, cold_rows = 0;
+        const Word *from[ROWS];  // none where there is no row
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) {
+            const bool is_hot = place[k] >= 0;
             i64 row = id[k];
-            is_hot[k] = mode == ONLY_HOT;
-            if (mode >= BY_SLOT && row >= 0) {
-                const int s = slot[row];
-                is_hot[k] = s >= 0;
-                if (s >= 0) {
-                    row = s;
-                } else if (mode == BY_SLOT_BOTH) {
-                    row = -1 - (i64)s;
-                }
-            }
-            from[k] = is_hot[k] ? ROW(hot, row, row_words) : cold + row * row_words;
+            if (mode == BY_SLOT_BOTH || (mode == BY_SLOT && is_hot)) row = is_hot ? place[k] : -1 - (i64)place[k];
+            from[k] = is_hot ? ROW(hot, row, row_words) : cold + row * row_words;
+            if (id[k] < 0) from[k] = nullptr;
+            hot_rows += id[k] >= 0 && is_hot;
+            cold_rows += id[k] >= 0 && !is_hot;
         }
-        Word *to = out + low * row_words;
+        // At once: registers kept for it until the end would cost warps.
+        if (lane == 0 && hot_rows) atomicAdd(&served[0], hot_rows);
+        if (lane == 0 && cold_rows) atomicAdd(&served[1], cold_rows);
+#pragma unroll 1
         for (i64 w = lane; w < row_words; w += lanes) {
             Word word[ROWS];
 #pragma unroll
             for (int k = 0; k < ROWS; ++k)
-                if (id[k] >= 0) word[k] = from[k][w];
+                if (from[k]) word[k] = from[k][w];
 #pragma unroll
             for (int k = 0; k < ROWS; ++k)
-                if (id[k] >= 0) to[k * row_words + w] = word[k];
-        }
-        if (lane == 0) {
-#pragma unroll
-            for (int k = 0; k < ROWS; ++k) {
-                hot_rows += id[k] >= 0 && is_hot[k];
-                cold_rows += id[k] >= 0 && !is_hot[k];
-            }
+                if (from[k]) out[(low + k) * row_words + w] = word[k];
         }
     }
-    if (hot_rows) atomicAdd(&served[0], hot_rows);
-    if (cold_rows) atomicAdd(&served[1], cold_rows);
     __syncthreads();
     if (threadIdx.x < 2 && served[threadIdx.x]) atomicAdd(&counters[threadIdx.x], (u64)served[threadIdx.x]);
 }
@@ -86,12 +81,14 @@ template <class Word> __device__ __forceinline__ void scatter_words(
     Word *__restrict__ out
 ) {
     const int lane = threadIdx.x & (lanes - 1);
-    const i64 groups = (i64)gridDim.x * (blockDim.x / lanes);
-    const i64 group = (i64)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
+    const int shift = __ffs(lanes) - 1;  // a division by a power of two that the compiler does not know
+    const i64 groups = (i64)gridDim.x * (blockDim.x >> shift);
+    const i64 group = (i64)blockIdx.x * (blockDim.x >> shift) + (threadIdx.x >> shift);
     for (i64 low = group * ROWS; low < count; low += groups * ROWS) {
         i64 row[ROWS];
 #pragma unroll
         for (int k = 0; k < ROWS; ++k) row[k] = low + k < count ? positions[low + k] : -1;
+#pragma unroll 1
         for (i64 w = lane; w < row_words; w += lanes) {
             Word word[ROWS];
 #pragma unroll
@@ -104,24 +101,33 @@ template <class Word> __device__ __forceinline__ void scatter_words(
     }
 }
 
-#define ROW_KERNELS(bytes, Word)                                                                                     \
-    extern "C" __global__ void gather_rows_##bytes(                                                                  \
+// To find the piece that a row is in takes registers.
+#ifdef IN_PIECES
+#define GATHER_REGISTERS 48
+#define GATHER_REGISTERS_16 64
+#else
+#define GATHER_REGISTERS 40
+#define GATHER_REGISTERS_16 48
+#endif
+
+#define ROW_KERNELS(bytes, Word, of_gather, of_scatter)                                                              \
+    extern "C" REGISTERS(of_gather) __global__ void gather_rows_##bytes(                                             \
         VECTOR(Word) hot, const int *slot, const Word *cold, int mode, i64 num_rows, const i64 *ids, i64 count,      \
         i64 row_words, int lanes, Word *out, u64 *counters, u64 *bad                                                 \
     ) {                                                                                                              \
         gather_words<Word>(hot, slot, cold, mode, num_rows, ids, count, row_words, lanes, out, counters, bad);       \
     }                                                                                                                \
-    extern "C" __global__ void scatter_rows_##bytes(                                                                 \
+    extern "C" REGISTERS(of_scatter) __global__ void scatter_rows_##bytes(                                           \
         const Word *staged, const i64 *positions, i64 count, i64 row_words, int lanes, Word *out                     \
     ) {                                                                                                              \
         scatter_words<Word>(staged, positions, count, row_words, lanes, out);                                        \
     }
 
-ROW_KERNELS(16, uint4)
-ROW_KERNELS(8, uint2)
-ROW_KERNELS(4, u32)
-ROW_KERNELS(2, unsigned short)
-ROW_KERNELS(1, unsigned char)
+ROW_KERNELS(16, uint4, GATHER_REGISTERS_16, 48)
+ROW_KERNELS(8, uint2, GATHER_REGISTERS, 40)
+ROW_KERNELS(4, u32, GATHER_REGISTERS, 40)
+ROW_KERNELS(2, unsigned short, GATHER_REGISTERS, 40)
+ROW_KERNELS(1, unsigned char, GATHER_REGISTERS, 48)
 
 // bad = min(bad, first place in ids whose id is not in [0, num_rows)); one atomic a warp that has one.
 extern "C" __global__ void check_ids(const i64 *__restrict__ ids, i64 count, i64 num_rows, u64 *bad) {

@@ -7,7 +7,7 @@
 //   insert_seeds, check_seeds                 the seeds are positions 0, 1, ... of the batch
 //   then a hop:
 //   count_rows, scan_sums                     degrees -> edges of every row, and where they begin
-//   draw_8 | draw_16 | draw_32 | draw_wide | draw_all
+//   draw_8 | draw_16 | draw_32 | draw_128 | draw_1024 | draw_all
 //   count_first, scan_sums, assign            an edge at position p is its node's first occurrence iff the table says p
 //   and after the one read:
 //   emit_edges (a hop), copy_ids
@@ -16,6 +16,7 @@
 // thread came first. Positions count through the batch: the seeds, the edges of hop 0, of hop 1, ...
 
 #include "philox.cuh"
+#include "registers.cuh"
 #include "pieces.cuh"
 #include "batch.cuh"
 #include "draw.cuh"
@@ -96,7 +97,7 @@ __device__ __forceinline__ i64 block_scan(i64 value, i64 &total) {
 }
 
 // Find start, degree and first edge (within the tile) of the rows, and the edges of each tile.
-extern "C" __global__ void count_rows(
+extern "C" REGISTERS(32) __global__ void count_rows(
     const i64 *state, int hop, int frontier, int fanout, int replace, VECTOR(i64) indptr, const i64 *nodes,
     i64 *row_start, u32 *row_degree, u32 *row_first, i64 *sums
 ) {
@@ -148,7 +149,7 @@ extern "C" __global__ void scan_sums(i64 *state, int hop, int frontier, int of_r
 // --- local ids ------------------------------------------------------------------------------------------------------
 
 // Look the edges' first occurrences up, and count those that are one, tile by tile.
-extern "C" __global__ void count_first(
+extern "C" REGISTERS(32) __global__ void count_first(
     const i64 *state, int hop, const Index *neighbour, u32 *first, i64 *sums, Entry *keys, u32 *values, i64 mask
 ) {
     __shared__ int warp_counts[EDGE_THREADS / 32];
@@ -159,16 +160,18 @@ extern "C" __global__ void count_first(
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const i64 begin = tile * TILE_EDGES + warp * (TILE_EDGES / (EDGE_THREADS / 32)) + lane;
         int found = 0;
+        u32 position[TILE_EDGES / EDGE_THREADS];
+        // All reads before the first write, which the compiler would not let a later read overtake.
 #pragma unroll
         for (int round = 0; round < TILE_EDGES / EDGE_THREADS; ++round) {
             const i64 e = begin + round * 32;
-            bool is_first = false;
-            if (e < count) {
-                const u32 position = smallest(table, neighbour[e], first[base + e]);
-                first[base + e] = position;
-                is_first = position == (u32)(base + e);
-            }
-            found += __popc(__ballot_sync(FULL, is_first));
+            if (e < count) position[round] = smallest(table, neighbour[e], first[base + e]);
+        }
+#pragma unroll
+        for (int round = 0; round < TILE_EDGES / EDGE_THREADS; ++round) {
+            const i64 e = begin + round * 32;
+            if (e < count) first[base + e] = position[round];
+            found += __popc(__ballot_sync(FULL, e < count && position[round] == (u32)(base + e)));
         }
         if (lane == 0) warp_counts[warp] = found;
         __syncthreads();
@@ -182,8 +185,9 @@ extern "C" __global__ void count_first(
 }
 
 // Give the first occurrences their local ids, in the order of the edges, and list the new nodes.
-extern "C" __global__ void assign(
-    const i64 *state, int hop, const Index *neighbour, const u32 *first, const i64 *sums, i64 *nodes, int *local_id
+extern "C" REGISTERS(32) __global__ void assign(
+    const i64 *state, int hop, const Index *__restrict__ neighbour, const u32 *first, const i64 *sums, i64 *nodes,
+    int *local_id
 ) {
     __shared__ int warp_counts[EDGE_THREADS / 32];
     const i64 low = edges_before(state, hop), count = edges_before(state, hop + 1) - low, base = state[SEEDS] + low;
@@ -194,6 +198,7 @@ extern "C" __global__ void assign(
         const i64 begin = tile * TILE_EDGES + warp * (TILE_EDGES / (EDGE_THREADS / 32)) + lane;
         u32 masks[TILE_EDGES / EDGE_THREADS];
         int found = 0;
+        i64 id = known + sums[tile];
 #pragma unroll
         for (int round = 0; round < TILE_EDGES / EDGE_THREADS; ++round) {
             const i64 e = begin + round * 32;
@@ -202,8 +207,8 @@ extern "C" __global__ void assign(
         }
         if (lane == 0) warp_counts[warp] = found;
         __syncthreads();
-        i64 id = known + sums[tile];
-        for (int w = 0; w < warp; ++w) id += warp_counts[w];
+#pragma unroll
+        for (int w = 0; w < EDGE_THREADS / 32; ++w) id += w < warp ? warp_counts[w] : 0;
 #pragma unroll
         for (int round = 0; round < TILE_EDGES / EDGE_THREADS; ++round) {
             const i64 e = begin + round * 32;
@@ -222,18 +227,24 @@ extern "C" __global__ void assign(
 
 // The edges [low, low + count) of the batch; `seeds` is the number of seeds.
 extern "C" __global__ void emit_edges(
-    i64 seeds, i64 low, i64 count, const u32 *first, const int *local_id, const i64 *position, const int *target,
-    int has_edge_ids, VECTOR(i64) edge_ids, i64 *edge_index, i64 *e_id
+    i64 seeds, i64 low, i64 count, const u32 *__restrict__ first, const int *__restrict__ local_id,
+    const i64 *__restrict__ position, const int *__restrict__ target, int has_edge_ids, VECTOR(i64) edge_ids,
+    i64 *edge_index, i64 *e_id
 ) {
+#pragma unroll 1
     for (i64 e = (i64)blockIdx.x * blockDim.x + threadIdx.x; e < count; e += (i64)gridDim.x * blockDim.x) {
+        const u32 occurrence = first[seeds + low + e];
         const i64 place = position[low + e];
-        edge_index[e] = local_id[first[seeds + low + e]];
-        edge_index[count + e] = target[low + e];
-        e_id[e] = has_edge_ids ? edge_ids[place] : place;
+        const int row = target[low + e];
+        const int id = local_id[occurrence];
+        const i64 edge_id = has_edge_ids ? edge_ids[place] : place;
+        edge_index[e] = id;
+        edge_index[count + e] = row;
+        e_id[e] = edge_id;
     }
 }
 
-extern "C" __global__ void copy_ids(i64 count, const i64 *from, i64 *to) {
+extern "C" __global__ void copy_ids(i64 count, const i64 *__restrict__ from, i64 *to) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
         to[i] = from[i];
 }

@@ -141,7 +141,8 @@ def draw(
         width = 8 if hop.fanout <= 8 else 16 if hop.fanout <= 16 else 32
         name, blocks, threads = f"draw_{width}", tiles_of(bound, _THREADS // width), _THREADS
     else:
-        name, blocks, threads = "draw_wide", bound, 64 if hop.fanout <= 128 else 128
+        name, threads = ("draw_128", 64) if hop.fanout <= 128 else ("draw_1024", 128)
+        blocks = bound
     arguments = (
         state, *hop.draw_arguments, indices, nodes, row_start, row_degree, row_first, sums, neighbour, position,
         where, first, *table.arguments,
