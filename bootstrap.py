@@ -6,8 +6,8 @@
 
 The demos are GraphSAGE in torch (the default), pyg, lightning, tensorflow, paddle, tensorlayerx and jax; gas, which is
 GNNAutoScale's small benchmark; its examples gas_gcnii, gas_gin, gas_lightning, gas_tensorlayerx and gas_jax; and
-GraphSAGE in several processes: multi_torch, multi_paddle, multi_tensorflow, and dist, of which `.venv/bin/mpiexec` starts
-more than one.
+GraphSAGE in several processes: multi_torch, multi_paddle, multi_tensorflow, and dist, which `.venv/bin/mpiexec` starts
+more of.
 
 It needs Python 3.10 or later and a package index that pip knows, nothing else. What is set up already is not set up
 again, so a second call starts at once.

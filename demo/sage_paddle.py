@@ -10,6 +10,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,36 @@ class GraphSage(paddle.nn.Layer):
         return x
 
 
+def build(width: int, classes: int, options: argparse.Namespace) -> tuple[GraphSage, paddle.optimizer.Optimizer]:
+    """Return a model for features of a width, with its optimizer; the weights are of Paddle's random state."""
+    hidden = [options.hidden] * (len(options.fanouts) - 1)
+    model = GraphSage([width, *hidden, classes], options.dropout)
+    decay = paddle.regularizer.L2Decay(options.weight_decay)
+    return model, paddle.optimizer.Adam(options.lr, parameters=model.parameters(), weight_decay=decay)
+
+
+def loss_of(model: paddle.nn.Layer, batch: Batch) -> paddle.Tensor:
+    """Return the mean loss of a batch's seeds."""
+    return functional.cross_entropy(model(batch.x, batch.adjs), batch.y)
+
+
+def learn(model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, batch: Batch) -> float:
+    """Train on a batch and return its mean loss."""
+    model.train()
+    loss = loss_of(model, batch)
+    optimizer.clear_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss)
+
+
+@paddle.no_grad()
+def score(model: paddle.nn.Layer, batch: Batch) -> np.ndarray:
+    """Return the scores of a batch's seeds."""
+    model.eval()
+    return model(batch.x, batch.adjs).numpy()
+
+
 def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
     """Train once; `seed` decides weights, dropout, the order of the seeds and the draws of neighbours."""
     paddle.seed(seed)
@@ -75,28 +106,9 @@ def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
         batch_size=options.batch_size, device=options.device, cache=options.cache, backend="paddle", seed=seed,
     )  # fmt: skip
     judged = loader.evaluation(judged_nodes(data), batch_size=options.eval_batch_size)
-
     paddle.set_device(f"gpu:{loader.device.index}" if loader.device.is_cuda else "cpu")
-    hidden = [options.hidden] * (len(options.fanouts) - 1)
-    model = GraphSage([data.x.shape[1], *hidden, data.num_classes], options.dropout)
-    optimizer = paddle.optimizer.Adam(
-        options.lr, parameters=model.parameters(), weight_decay=paddle.regularizer.L2Decay(options.weight_decay)
-    )
-
-    def step(batch: Batch) -> float:
-        model.train()
-        loss = functional.cross_entropy(model(batch.x, batch.adjs), batch.y)
-        optimizer.clear_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss)
-
-    @paddle.no_grad()
-    def score(batch: Batch) -> np.ndarray:
-        model.eval()
-        return model(batch.x, batch.adjs).numpy()
-
-    return fit(data, options, seed, loader, judged, step, score)
+    model, optimizer = build(data.x.shape[1], data.num_classes, options)
+    return fit(data, options, seed, loader, judged, partial(learn, model, optimizer), partial(score, model))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,34 @@ class GraphSage(keras.Model):
         return x
 
 
+def build(classes: int, options: argparse.Namespace) -> tuple[GraphSage, keras.optimizers.Optimizer]:
+    """Return a model with its optimizer; the weights will be of Keras's random state."""
+    hidden = [options.hidden] * (len(options.fanouts) - 1)
+    return GraphSage([*hidden, classes], options.dropout), keras.optimizers.Adam(options.lr)
+
+
+def gradients_of(
+    model: GraphSage, weight_decay: float, x: tf.Tensor, y: tf.Tensor, hops: Hops
+) -> tuple[tf.Tensor, list[tf.Tensor]]:  # fmt: skip
+    """Return the mean loss of a batch's seeds, and its gradient with that of the L2 term, a tensor each weight."""
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x, hops, training=True)))
+    weights = model.trainable_variables
+    gradients = tape.gradient(loss, weights)
+    # Keras's own weight decay is decoupled from the gradient; this is the usual L2 term.
+    return loss, [g + weight_decay * w for g, w in zip(gradients, weights, strict=True)]
+
+
+def scorer(model: GraphSage) -> Callable[[Batch], np.ndarray]:
+    """Return a function that returns the scores of a batch's seeds."""
+
+    @tf.function(reduce_retracing=True)  # traced for the first shapes, then once for all others
+    def predict(x: tf.Tensor, hops: Hops) -> tf.Tensor:
+        return model(x, hops, training=False)
+
+    return lambda batch: predict(batch.x, hops_of(batch)).numpy()
+
+
 def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
     """Train once; `seed` decides weights, dropout, the order of the seeds and the draws of neighbours."""
     keras.utils.set_random_seed(seed)
@@ -81,33 +109,19 @@ def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
         batch_size=options.batch_size, device=options.device, cache=options.cache, backend="tensorflow", seed=seed,
     )  # fmt: skip
     judged = loader.evaluation(judged_nodes(data), batch_size=options.eval_batch_size)
-
-    hidden = [options.hidden] * (len(options.fanouts) - 1)
-    model = GraphSage([*hidden, data.num_classes], options.dropout)
-    optimizer = keras.optimizers.Adam(options.lr)
-
-    @tf.function(reduce_retracing=True)  # traced for the first shapes, then once for all others
-    def update(x: tf.Tensor, y: tf.Tensor, hops: Hops) -> tf.Tensor:
-        with tf.GradientTape() as tape:
-            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(y, model(x, hops, training=True)))
-        weights = model.trainable_variables
-        gradients = tape.gradient(loss, weights)
-        # Keras's own weight decay is decoupled from the gradient; this is the usual L2 term.
-        optimizer.apply([g + options.weight_decay * w for g, w in zip(gradients, weights, strict=True)], weights)
-        return loss
+    model, optimizer = build(data.num_classes, options)
 
     @tf.function(reduce_retracing=True)
-    def predict(x: tf.Tensor, hops: Hops) -> tf.Tensor:
-        return model(x, hops, training=False)
+    def update(x: tf.Tensor, y: tf.Tensor, hops: Hops) -> tf.Tensor:
+        loss, gradients = gradients_of(model, options.weight_decay, x, y, hops)
+        optimizer.apply(gradients, model.trainable_variables)
+        return loss
 
     def step(batch: Batch) -> float:
         return float(update(batch.x, batch.y, hops_of(batch)))
 
-    def score(batch: Batch) -> np.ndarray:
-        return predict(batch.x, hops_of(batch)).numpy()
-
     with tf.device(f"/GPU:{loader.device.index}" if loader.device.is_cuda else "/CPU:0"):
-        return fit(data, options, seed, loader, judged, step, score)
+        return fit(data, options, seed, loader, judged, step, scorer(model))
 
 
 if __name__ == "__main__":

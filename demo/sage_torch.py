@@ -11,6 +11,7 @@ import itertools
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,37 @@ class GraphSage(torch.nn.Module):
         return x
 
 
+def build(
+    width: int, classes: int, options: argparse.Namespace, device: str
+) -> tuple[GraphSage, torch.optim.Optimizer]:  # fmt: skip
+    """Return a model for features of a width, with its optimizer; the weights are of PyTorch's random state."""
+    hidden = [options.hidden] * (len(options.fanouts) - 1)
+    model = GraphSage([width, *hidden, classes], options.dropout).to(device)
+    return model, torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.weight_decay)
+
+
+def loss_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the mean loss of a batch's seeds."""
+    return functional.cross_entropy(model(batch.x, batch.adjs), batch.y)
+
+
+def learn(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> float:
+    """Train on a batch and return its mean loss."""
+    model.train()
+    loss = loss_of(model, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def score(model: torch.nn.Module, batch: Batch) -> np.ndarray:
+    """Return the scores of a batch's seeds."""
+    model.eval()
+    return model(batch.x, batch.adjs).cpu().numpy()
+
+
 def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
     """Train once; `seed` decides weights, dropout, the order of the seeds and the draws of neighbours."""
     torch.manual_seed(seed)
@@ -64,25 +96,8 @@ def train(data: Dataset, options: argparse.Namespace, seed: int) -> Run:
         batch_size=options.batch_size, device=options.device, cache=options.cache, backend="torch", seed=seed,
     )  # fmt: skip
     judged = loader.evaluation(judged_nodes(data), batch_size=options.eval_batch_size)
-
-    hidden = [options.hidden] * (len(options.fanouts) - 1)
-    model = GraphSage([data.x.shape[1], *hidden, data.num_classes], options.dropout).to(str(loader.device))
-    optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.weight_decay)
-
-    def step(batch: Batch) -> float:
-        model.train()
-        loss = functional.cross_entropy(model(batch.x, batch.adjs), batch.y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return float(loss.detach())
-
-    @torch.no_grad()
-    def score(batch: Batch) -> np.ndarray:
-        model.eval()
-        return model(batch.x, batch.adjs).cpu().numpy()
-
-    return fit(data, options, seed, loader, judged, step, score)
+    model, optimizer = build(data.x.shape[1], data.num_classes, options, str(loader.device))
+    return fit(data, options, seed, loader, judged, partial(learn, model, optimizer), partial(score, model))
 
 
 if __name__ == "__main__":

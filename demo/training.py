@@ -132,13 +132,13 @@ def assess(data: Dataset, train_loss: float, scores: Array) -> dict[str, float]:
         The graph.
     train_loss : float
         The mean loss of the epoch's training.
-    scores : float array [V + T, C]
-        Of :func:`judged_nodes`.
+    scores : float array [V + T or more, C]
+        Of :func:`judged_nodes`; rows beyond these do not count.
     """
     y = data.y[judged_nodes(data)]
     validation = int(data.val_mask.sum())
     val_loss, val_accuracy = judge(scores[:validation], y[:validation])
-    _, test_accuracy = judge(scores[validation:], y[validation:])
+    _, test_accuracy = judge(scores[validation : len(y)], y[validation:])
     return {
         "train_loss": train_loss, "val_loss": val_loss, "val_accuracy": val_accuracy, "test_accuracy": test_accuracy
     }  # fmt: skip
@@ -317,8 +317,9 @@ def _positive(text: str) -> int:
 
 
 def main(
-    train: Callable[[Dataset, argparse.Namespace, int], Run], arguments: Sequence[str] | None = None, *, framework: str
-) -> int:
+    train: Callable[[Dataset, argparse.Namespace, int], Run], arguments: Sequence[str] | None = None, *, framework: str,
+    command_line: argparse.ArgumentParser | None = None,
+) -> int:  # fmt: skip
     """Run the command line of a demo; return its exit status.
 
     Parameters
@@ -329,8 +330,10 @@ def main(
         By default those of the process.
     framework : str
         What the report calls the framework.
+    command_line : argparse.ArgumentParser, optional
+        By default :func:`parser`'s; another has its options, and more.
     """
-    options = parser().parse_args(arguments)
+    options = (command_line or parser()).parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     runs = []
     try:
