@@ -73,6 +73,8 @@ def _close(channel: _Channel, thread: threading.Thread, process: int) -> None:
     # The garbage collector may call this from any thread: from the one to wait for, or, where iterators read from each
     # other, from one that this one waits for. A worker therefore waits for none but those that it has read from.
     current = threading.current_thread()
+    if thread.ident is None:
+        return  # Ctrl-C came before it was started
     if not isinstance(current, _Worker) or (thread is not current and channel.reader in (None, current.ident)):
         thread.join()
 
