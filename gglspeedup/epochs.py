@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib import import_module
+from itertools import islice
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -15,7 +17,7 @@ from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.device import Device, DeviceLike, parse_device
 from gglspeedup.errors import DeviceError, explain
 from gglspeedup.kernels.bounds import MAX_BATCH
-from gglspeedup.prefetch import Prefetched
+from gglspeedup.prefetcher import Prefetcher
 from gglspeedup.side_stream import SideStream
 
 Made = TypeVar("Made")
@@ -26,9 +28,9 @@ _MAX_SEED = 1 << 64
 class EpochLoader(ABC, Generic[Made]):
     """An iterable over the batches of an epoch; every iterator takes the next one, with its first batch.
 
-    A subclass sets `device`, and says how items make a batch of device arrays (:meth:`_load`) and that one a batch of
-    the framework's (:meth:`_convert`). The first is done in a background thread and on a stream of its own, the second
-    in the reader's thread.
+    A subclass sets `device`, and says how a batch is made, in three stages: :meth:`_sample`, :meth:`_gather` and
+    :meth:`_convert`. The first two have a background thread each, and on a GPU a stream each; the third, which hands
+    arrays to the framework, is done in the reader's thread.
 
     Parameters
     ----------
@@ -63,8 +65,12 @@ class EpochLoader(ABC, Generic[Made]):
         self._epoch = 0
 
     @abstractmethod
-    def _load(self, items: npt.NDArray[np.int64], number: int) -> Any:
-        """Return what a batch consists of, as arrays of the device; `number` is unlike any other batch's."""
+    def _sample(self, items: npt.NDArray[np.int64], number: int) -> Any:
+        """Return the nodes and edges of a batch, on the device; `number` is unlike any other batch's."""
+
+    @abstractmethod
+    def _gather(self, sampled: Any) -> Any:
+        """Return what else a batch consists of, with what was sampled, as arrays of the device."""
 
     @abstractmethod
     def _convert(self, loaded: Any, adapter: ModuleType) -> Made:
@@ -110,38 +116,56 @@ class EpochLoader(ABC, Generic[Made]):
         # All of it when the first batch is asked for: an iterator that nobody reads from, as Lightning makes some to
         # see whether it can, takes no epoch and starts no thread.
         epoch, self._epoch = self._epoch, self._epoch + 1
-        side = SideStream(self.device.index) if self.device.index is not None else None
-        loaded = self._load_all(epoch, side)
-        yield from self._convert_all(Prefetched(loaded, self.prefetch) if self.prefetch else loaded, side)
+        if self.device.index is None:
+            sampled: Any = partial(self._sample_all, epoch)
+            yield from self._convert_all(Prefetcher(sampled, self.prefetch, [self._gather]))
+            return
+        gathering = SideStream(self.device.index)
+        sampling = SideStream(self.device.index, gathering)
+        sampled = partial(self._sample_on, epoch, sampling)
+        gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)])
+        yield from self._convert_all(self._handed_over(gathered, sampling, gathering))
 
-    def _load_all(self, epoch: int, side: SideStream | None) -> Iterator[tuple[Any, Any]]:
-        """Give what the batches consist of, each with the mark on the stream that fills it."""
+    def _sample_all(self, epoch: int) -> Iterator[Any]:
+        """Give what :meth:`_sample` makes of the items of each batch."""
         order = self.order(epoch)
         for index in range(len(self)):
             items = order[index * self.batch_size : (index + 1) * self.batch_size]
-            number = ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
-            if side is None:
-                yield self._load(items, number), None
-                continue
-            with side.filling():
-                loaded = self._load(items, number), side.record()
-            yield loaded
-            del loaded  # a thread that waits for room holds no memory of the device
+            yield self._sample(items, ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH)
 
-    def _convert_all(self, made: Iterator[tuple[Any, Any]], side: SideStream | None) -> Iterator[Made]:
+    def _sample_on(self, epoch: int, sampling: SideStream) -> Iterator[tuple[Any, Any]]:
+        """Give what :meth:`_sample` makes on a stream, each with the mark at which it is whole."""
+        batches = self._sample_all(epoch)
+        while True:
+            with sampling.filling():
+                made = [(sampled, sampling.record()) for sampled in islice(batches, 1)]
+            if not made:
+                return
+            yield made.pop()  # a thread that waits for room holds no memory of the device
+
+    def _gather_on(self, gathering: SideStream, sampled: tuple[Any, Any]) -> tuple[Any, Any]:
+        """Return what :meth:`_gather` makes on a stream, with the mark at which it is whole."""
+        with gathering.filling(after=sampled[1]):
+            return self._gather(sampled[0]), gathering.record()
+
+    def _handed_over(self, gathered: Prefetcher, sampling: SideStream, gathering: SideStream) -> Iterator[Any]:
+        """Give batches to the stream that is current for the framework in the reader's thread."""
         adapter = import_module("gglspeedup.adapters").backend(self.backend)
-        try:
-            for loaded, filled in made:
-                # Here, in the reader's thread: a framework hands over to the stream that is current in a thread.
-                if side is not None:
-                    side.hand_over(filled, adapter.current_stream())
-                batch = self._convert(loaded, adapter)
-                del loaded
-                yield batch
-                del batch
-        finally:
-            if isinstance(made, Prefetched):
-                made.close()
+        for loaded, whole in gathered:
+            reader = adapter.current_stream()
+            sampling.read_on(reader)
+            gathering.hand_over(whole, reader)
+            yield loaded
+            del loaded
+
+    def _convert_all(self, batches: Iterable[Any]) -> Iterator[Made]:
+        # In the reader's thread: a framework hands over to the stream that is current in a thread.
+        adapter = import_module("gglspeedup.adapters").backend(self.backend)
+        for loaded in batches:
+            batch = self._convert(loaded, adapter)
+            del loaded
+            yield batch
+            del batch
 
 
 def device_for(backend: str, device: DeviceLike) -> Device:

@@ -66,9 +66,9 @@ class _Loaded(NamedTuple):
 class NodeLoader(EpochLoader[Batch]):
     """An iterable over batches of seeds, with their sampled neighbourhoods, features and labels.
 
-    Sampling and gathering run in a background thread, up to `prefetch` batches ahead of the training loop. The batches
-    are a pure function of (graph, seeds, sizes, batch_size, seed, epoch): they depend neither on `prefetch`, nor on
-    the device, nor on the number of threads.
+    Sampling and gathering run in a background thread each, up to `prefetch` batches ahead. The batches are a pure
+    function of (graph, seeds, sizes, batch_size, seed, epoch): they depend neither on `prefetch`, nor on the device,
+    nor on the number of threads.
 
     Parameters
     ----------
@@ -98,7 +98,8 @@ class NodeLoader(EpochLoader[Batch]):
     seed : int
         0 to 2**64 - 1; of the order and the draws.
     prefetch : int
-        Batches made ahead; 0 makes each when it is asked for.
+        Batches that are sampled ahead of their gathering, and gathered ahead of the training loop; 0 makes each when it
+        is asked for.
     replace, expand, placement
         As GPUSampler's.
     policy
@@ -182,8 +183,10 @@ class NodeLoader(EpochLoader[Batch]):
         other._epoch = 0
         return other
 
-    def _load(self, items: npt.NDArray[np.int64], number: int) -> _Loaded:
-        sampled = self.graph_sampler.sample(items, number, sizes=self.sizes)
+    def _sample(self, items: npt.NDArray[np.int64], number: int) -> SampledBatch:
+        return self.graph_sampler.sample(items, number, sizes=self.sizes)
+
+    def _gather(self, sampled: SampledBatch) -> _Loaded:
         x = None if self.features is None else self.features.take(sampled.n_id)
         y = None if self.labels is None else self.labels.take(sampled.seeds)
         return _Loaded(sampled, x, y)

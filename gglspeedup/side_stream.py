@@ -20,18 +20,21 @@ class SideStream:
     ----------
     index : int
         The CUDA ordinal.
+    between : SideStream, optional
+        Another one that reads the arrays before the reader does.
     """
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, between: SideStream | None = None) -> None:
         import cupy
 
         self._cupy: Any = cupy
         self.index = index
         with cupy.cuda.Device(index):
             self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._between = between
         self._reader: Any = None
         # Arrays are let go of whenever the garbage collector says so, by any thread: appending needs no lock.
-        self._let_go: collections.deque[tuple[Any, Any]] = collections.deque()
+        self._let_go: collections.deque[tuple[Any, list[Any]]] = collections.deque()
 
     def current(self) -> int:
         """Return the calling thread's current CuPy stream, as a pointer."""
@@ -80,6 +83,12 @@ class SideStream:
         cuda = self._cupy.cuda
         with cuda.Device(self.index):
             cuda.get_current_stream().wait_event(event)
+        self.read_on(reader)
+
+    def read_on(self, reader: int | None) -> None:
+        """Take note of the stream on which the arrays will be read, as :meth:`hand_over`, without a wait."""
+        cuda = self._cupy.cuda
+        with cuda.Device(self.index):
             self._reader = None if reader is None else cuda.ExternalStream(reader, self.index)
 
     def _allocate(self, size: int) -> Any:
@@ -90,20 +99,24 @@ class SideStream:
 
     def let_go(self, memory: Any) -> None:
         """Take memory that no array uses any more, but that kernels of the reader may."""
-        event = None
-        if self._reader is not None:
+        marks: list[Any] = []
+        reader = self._reader
+        if reader is not None:
             with self._cupy.cuda.Device(self.index):
-                event = self._reader.record(self._cupy.cuda.Event(disable_timing=True))
-        self._let_go.append((memory, event))
+                marks.append(reader.record(self._cupy.cuda.Event(disable_timing=True)))
+                if self._between is not None:
+                    # Of what is dropped before it comes to the reader, that one's mark says nothing.
+                    marks.append(self._between.record())
+        self._let_go.append((memory, marks))
 
     def _free(self) -> None:
         """Give back to the pool what the reader's stream has passed."""
         waiting = [self._let_go.popleft() for _ in range(len(self._let_go))]
-        if any(event is None for _, event in waiting):
+        if any(not marks for _, marks in waiting):
             # Of a framework that does not name its stream nothing less than this is known to be enough.
             self._cupy.cuda.runtime.deviceSynchronize()
             return
-        self._let_go.extend(entry for entry in waiting if not entry[1].done)
+        self._let_go.extend(entry for entry in waiting if not all(mark.done for mark in entry[1]))
 
 
 class _Lease:

@@ -76,7 +76,7 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
     """An iterable over batches of whole parts, as GNNAutoScale and Cluster-GCN train on.
 
     The batches are a pure function of (graph, ptr, batch_size, shuffle, seed, epoch), whatever `prefetch`, the device
-    and the number of threads; they are made in a background thread.
+    and the number of threads; they are made in background threads.
 
     Parameters
     ----------
@@ -166,13 +166,17 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         other._epoch = 0
         return other
 
-    def _load(self, items: Ids, number: int) -> _Loaded:
+    def _sample(self, items: Ids, number: int) -> tuple[SampledBatch, Ids]:
         offset, count = self._ranges(items)
         nodes = np.arange(int(count.sum())) + np.repeat(offset - np.cumsum(count) + count, count)
-        sampled = self.graph_sampler.sample(nodes, number)
+        return self.graph_sampler.sample(nodes, number), np.array(items)
+
+    def _gather(self, sampled_parts: tuple[SampledBatch, Ids]) -> _Loaded:
+        sampled, parts = sampled_parts
+        offset, count = self._ranges(parts)
         x = None if self.features is None else self.features.take(sampled.n_id)
         y = None if self.labels is None else self.labels.take(sampled.seeds)
-        return _Loaded(sampled, x, y, self._weights(offset, count), offset, count, np.array(items))
+        return _Loaded(sampled, x, y, self._weights(offset, count), offset, count, parts)
 
     def _ranges(self, parts: Ids) -> tuple[Ids, Ids]:
         """Return the begins and lengths of the ranges of consecutive nodes that some parts make up."""

@@ -231,7 +231,7 @@ def test_an_error_of_the_background_reaches_the_loop(prefetch, monkeypatch):
         got.extend(made)
     assert prefetch_threads() == 0
     names = [frame.name for frame in caught.traceback]
-    assert "failing" in names and "_load" in names
+    assert "failing" in names and "_sample" in names
 
 
 def test_batches_outlive_the_loader():

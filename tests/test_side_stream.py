@@ -102,12 +102,34 @@ def test_memory_waits_for_the_readers_stream(cupy):
     assert Stream.current.waits == [event]
     del array
     gc.collect()
-    mark = side._let_go[0][1]
+    (mark,) = side._let_go[0][1]
     assert mark.stream == "reader 77 on 3" and cupy.freed == []
     with side.filling():
         assert cupy.freed == []  # the reader has not passed yet
     mark.done = True
     with side.filling():
+        assert len(cupy.freed) == 1 and cupy.synchronised == []
+
+
+def test_memory_waits_for_every_stream_that_reads_it(cupy):
+    gathering = SideStream(3)
+    sampling = SideStream(3, gathering)
+    gathering._stream.name = "between"
+    array = filled(sampling, cupy)
+    mark = sampling.record()
+    with gathering.filling(after=mark):
+        assert Stream.current.waits == [mark]
+    sampling.read_on(77)
+    assert Stream.current.waits == []  # it waits for the stream between, which has waited for this one
+    del array
+    gc.collect()
+    marks = sampling._let_go[0][1]
+    assert [mark.stream for mark in marks] == ["reader 77 on 3", "between"]
+    for mark in marks:
+        with sampling.filling():
+            assert cupy.freed == []
+        mark.done = True
+    with sampling.filling():
         assert len(cupy.freed) == 1 and cupy.synchronised == []
 
 
