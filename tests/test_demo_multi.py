@@ -156,7 +156,8 @@ def test_reaches_the_accuracy_of_one_process(shared_data: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "fault", "message"),
-    [*((name, "failed", "ValueError: this process has had enough") for name in NEEDS),
+    # What the others wait in when one dies is the framework's; an exception is told to all by the same lines of ours.
+    [("sage_torch_ddp", "failed", "ValueError: this process has had enough"),
      *((name, "killed", "process 1 ended with SIGKILL") for name in NEEDS)],
 )  # fmt: skip
 def test_one_that_fails_ends_all(name: str, fault: str, message: str, toy: list[str], tmp_path: Path) -> None:
@@ -170,8 +171,9 @@ def test_one_that_fails_ends_all(name: str, fault: str, message: str, toy: list[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NEEDS)
-@pytest.mark.parametrize("whom", ["all, by Ctrl-C", "the first"])
+@pytest.mark.parametrize(
+    ("name", "whom"), [("sage_paddle_spawn", "all, by Ctrl-C"), ("sage_tensorflow_workers", "the first")]
+)
 def test_interrupted_programs_leave_nothing(name: str, whom: str, toy: list[str], tmp_path: Path) -> None:
     process = start([str(demo_file(name)), *toy, "--epochs", "100000"], tmp_path)
     assert process.stdout is not None and process.stdout.readline().startswith("gradients ")

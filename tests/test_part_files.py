@@ -223,10 +223,13 @@ MOMENTS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [pytest.param(*moment, marks=() if moment == ("append", 100) else pytest.mark.slow) for moment in MOMENTS],
-)
-@pytest.mark.parametrize("checkpoint", [1, pytest.param(1 << 30, marks=pytest.mark.slow)])
+    ("name", "count", "checkpoint"),
+    [pytest.param("append", 100, 1), *(
+        pytest.param(name, count, checkpoint, marks=pytest.mark.slow)
+        for checkpoint, moments in ((1, MOMENTS), (1 << 30, MOMENTS[1::3])) for name, count in moments
+        if (name, count, checkpoint) != ("append", 100, 1)
+    )],
+)  # fmt: skip
 def test_killed_and_gone_on(tmp_path, name, count, checkpoint):
     """SIGKILL at any moment, and the next run leaves what an uninterrupted one does, byte for byte."""
     folder = tmp_path / "out"
@@ -597,14 +600,13 @@ with open("/proc/self/status", encoding="ascii") as file:
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says what a process took")
 @pytest.mark.parametrize("method", ["contiguous", "random"])
 def test_memory_does_not_grow_with_the_edges(tmp_path, method):
-    """Of 500 thousand nodes with 1 million and with 60 million edges, which take 240 MB."""
+    """Of 500 thousand nodes with 1 million and with 30 million edges, which take 120 MB."""
     peaks = []
-    for edges in (1_000_000, 60_000_000):
+    for edges in (1_000_000, 1_000_000, 30_000_000):  # kernels are compiled, at the first time
         path = tmp_path / f"{edges}"
         indptr = np.linspace(0, edges, 500_001).astype(np.int64)
         graph_file.write(str(path), indptr, np.zeros(edges, np.int32), None)
         command = [sys.executable, "-c", PEAK, path, tmp_path / f"{edges}-out", method]
-        subprocess.run(command, check=True, capture_output=True)  # kernels are compiled, at the first time
-        shutil.rmtree(tmp_path / f"{edges}-out")
+        shutil.rmtree(tmp_path / f"{edges}-out", ignore_errors=True)
         peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024)
-    assert peaks[1] - peaks[0] < 40 << 20
+    assert peaks[2] - peaks[1] < 40 << 20
