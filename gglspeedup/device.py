@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Union
 
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, explain
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, cuda_failures, explain
 
 DeviceLike = Union[str, int, "Device"]
 
@@ -163,7 +163,7 @@ def free_bytes(device: Device) -> int:
     """Return the free memory of a CUDA device, in bytes, with what CuPy's pool holds unused."""
     import cupy
 
-    with cupy.cuda.Device(device.index):
+    with cuda_failures(device.index or 0), cupy.cuda.Device(device.index):
         free, _total = cupy.cuda.runtime.memGetInfo()
         pool: Any = cupy.get_default_memory_pool()
         return int(free) + int(pool.free_bytes())

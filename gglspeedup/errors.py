@@ -6,6 +6,9 @@ it got, and what to do about it.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class GGLSpeedupError(Exception):
     """Base of every error that gglspeedup raises on purpose."""
@@ -13,6 +16,10 @@ class GGLSpeedupError(Exception):
 
 class DeviceError(GGLSpeedupError, RuntimeError):
     """A device that was asked for cannot be used."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A device, or the host for its sake, has no room for what was to be done there."""
 
 
 class ArgumentValueError(GGLSpeedupError, ValueError):
@@ -45,6 +52,49 @@ class ShareError(GGLSpeedupError, RuntimeError):
 
 class MissingPackageError(GGLSpeedupError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
+
+
+# Where the classes are from that CuPy, its compiler and numba.cuda raise; they are known without those packages.
+_OF_CUDA = ("cupy", "numba.cuda", "numba_cuda", "cuda.")
+
+
+@contextlib.contextmanager
+def cuda_failures(index: int) -> Iterator[None]:
+    """Turn what CUDA's libraries raise within a block into errors of this one.
+
+    Parameters
+    ----------
+    index : int
+        The CUDA ordinal that the block works on.
+
+    Raises
+    ------
+    DeviceMemoryError
+        Instead of a MemoryError.
+    DeviceError
+        Instead of an error of CuPy's or numba.cuda's classes.
+
+    Examples
+    --------
+    >>> with cuda_failures(0):
+    ...     raise MemoryError("Out of memory allocating 512 bytes")
+    Traceback (most recent call last):
+    gglspeedup.errors.DeviceMemoryError: memory needs more room on cuda:0 or the host, got ...
+    """
+    try:
+        yield
+    except GGLSpeedupError:
+        raise
+    except MemoryError as error:
+        remedy = "take smaller batches or a smaller budget, or let go of what else is in it"
+        got = f"{type(error).__name__}: {error}"
+        raise DeviceMemoryError(explain("memory", f"more room on cuda:{index} or the host", got, remedy)) from error
+    except Exception as error:
+        if not type(error).__module__.startswith(_OF_CUDA):
+            raise
+        remedy = "call again, and start the process anew if it stays so"
+        got = f"{type(error).__name__}: {error}"
+        raise DeviceError(explain("device", f"cuda:{index} to do what it was told", got, remedy)) from error
 
 
 def explain(argument: str, needs: str, got: object, remedy: str) -> str:

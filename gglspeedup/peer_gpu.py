@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Sequence
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.errors import ShareError, explain
+from gglspeedup.errors import ShareError, cuda_failures, explain
+
+logger = logging.getLogger("gglspeedup")
 
 _ALREADY_ENABLED = 704  # cudaErrorPeerAccessAlreadyEnabled
 
@@ -24,7 +27,8 @@ def peers(indices: Sequence[int]) -> bool:
     import cupy
 
     pairs = {(one, other) for one in indices for other in indices if one != other}
-    return all(cupy.cuda.runtime.deviceCanAccessPeer(*pair) for pair in pairs)
+    with cuda_failures(indices[0] if indices else 0):
+        return all(cupy.cuda.runtime.deviceCanAccessPeer(*pair) for pair in pairs)
 
 
 def cliques(indices: Sequence[int], layout: str) -> list[list[int]]:
@@ -78,7 +82,7 @@ class PeerArray:
 
         self.index, self.nbytes = index, host.nbytes
         self._opened: dict[int, int] = {}
-        with cupy.cuda.Device(index):
+        with cuda_failures(index), cupy.cuda.Device(index):
             try:
                 self._memory: Any = cupy.cuda.Memory(max(1, host.nbytes))
             except MemoryError as error:
@@ -92,7 +96,7 @@ class PeerArray:
         """Return where the memory lies for the kernels of a CUDA device, which is given access to it."""
         import cupy
 
-        with _lock, cupy.cuda.Device(reader):
+        with _lock, cuda_failures(reader), cupy.cuda.Device(reader):
             if self._memory is not None:
                 if reader != self.index:
                     _enable(cupy.cuda.runtime, self.index)
@@ -107,7 +111,7 @@ class PeerArray:
         if self._handle is None:
             import cupy
 
-            with cupy.cuda.Device(self.index):
+            with cuda_failures(self.index), cupy.cuda.Device(self.index):
                 self._handle = bytes(cupy.cuda.runtime.ipcGetMemHandle(self._memory.ptr))
         if self._memory is not None:
             _own[self._handle] = self
@@ -125,8 +129,11 @@ def _enable(runtime: Any, peer: int) -> None:
 def _close(reader: int, pointer: int) -> None:
     import cupy
 
-    with cupy.cuda.Device(reader):
-        cupy.cuda.runtime.ipcCloseMemHandle(pointer)
+    try:
+        with cupy.cuda.Device(reader):
+            cupy.cuda.runtime.ipcCloseMemHandle(pointer)
+    except cupy.cuda.runtime.CUDARuntimeError as error:  # a finaliser has nobody to raise it to
+        logger.debug("closing another process's memory failed: %s", error)
 
 
 def _attach(handle: bytes, index: int, nbytes: int) -> PeerArray:

@@ -11,8 +11,10 @@ of that hop's true number of edges, before room is made for them.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,8 @@ from gglspeedup.kernels import sample_gpu as gpu
 from gglspeedup.kernels.cuda import Runtime
 from gglspeedup.pieces import DevicePieces
 from gglspeedup.workspace_gpu import STATE_SIZE, Bound, Workspace
+
+logger = logging.getLogger("gglspeedup")
 
 SampledHop = tuple[Any, Any, tuple[int, int]]
 
@@ -136,10 +140,14 @@ class CudaSampler:
                 counts = self._run(workspace, order)
                 self._check(counts, seeds)
                 result = self._emit(workspace, order, counts)
+                self._release(workspace)
             except (ArgumentIndexError, ArgumentValueError):
                 self._release(workspace)
                 raise
-            self._release(workspace)
+            except BaseException:
+                with contextlib.suppress(Exception):  # what was enqueued may still use the buffers that go now
+                    self.runtime.read(workspace.arrays["state"][:1])
+                raise
         return result
 
     def _lease(self) -> Workspace:
@@ -235,11 +243,23 @@ class CudaSampler:
             graphs[order.key] = None
         else:
             if graphs[order.key] is None:
-                graphs[order.key] = self.runtime.capture(enqueue)
-            self.runtime.replay(graphs[order.key])
+                graphs[order.key] = self._record(enqueue)
+            if graphs[order.key] is None:
+                enqueue()
+            else:
+                self.runtime.replay(graphs[order.key])
             graphs.move_to_end(order.key)
         if len(graphs) > _MAX_GRAPHS:
             graphs.popitem(last=False)
+
+    def _record(self, enqueue: Callable[[], None]) -> Any:
+        """Return the recorded launches, or None, from now on, if they cannot be."""
+        try:
+            return self.runtime.capture(enqueue)
+        except Exception as error:  # of a recording nothing has run
+            logger.warning("batches cannot be recorded as CUDA graphs (%s): each of their kernels is launched", error)
+            self._capture = False
+            return None
 
     def _start(self, workspace: Workspace, order: _Batch) -> None:
         """Enqueue what comes before the first hop."""

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from gglspeedup.errors import cuda_failures
+
 
 class SideStream:
     """A non-blocking stream that fills arrays which another stream reads, on one device.
@@ -29,21 +31,27 @@ class SideStream:
 
         self._cupy: Any = cupy
         self.index = index
-        with cupy.cuda.Device(index):
+        with self._on_device():
             self._stream = cupy.cuda.Stream(non_blocking=True)
         self._between = between
         self._reader: Any = None
         # Arrays are let go of whenever the garbage collector says so, by any thread: appending needs no lock.
         self._let_go: collections.deque[tuple[Any, list[Any]]] = collections.deque()
 
+    @contextlib.contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Make the device current for a block of code, whose CUDA errors become errors of this library."""
+        with cuda_failures(self.index), self._cupy.cuda.Device(self.index):
+            yield
+
     def current(self) -> int:
         """Return the calling thread's current CuPy stream, as a pointer."""
-        with self._cupy.cuda.Device(self.index):
+        with self._on_device():
             return int(self._cupy.cuda.get_current_stream().ptr)
 
     def mark(self) -> Any:
         """Mark this point of the calling thread's current CuPy stream."""
-        with self._cupy.cuda.Device(self.index):
+        with self._on_device():
             return self._cupy.cuda.get_current_stream().record(self._cupy.cuda.Event(disable_timing=True))
 
     @contextlib.contextmanager
@@ -55,8 +63,7 @@ class SideStream:
         after : cupy.cuda.Event, optional
             What the stream waits for first.
         """
-        cuda = self._cupy.cuda
-        with cuda.Device(self.index), self._stream, cuda.using_allocator(self._allocate):
+        with self._on_device(), self._stream, self._cupy.cuda.using_allocator(self._allocate):
             if after is not None:
                 self._stream.wait_event(after)
             self._free()
@@ -64,11 +71,13 @@ class SideStream:
 
     def synchronize(self) -> None:
         """Wait until all that was enqueued on the stream is done."""
-        self._stream.synchronize()
+        with self._on_device():
+            self._stream.synchronize()
 
     def record(self) -> Any:
         """Mark this point of the stream."""
-        return self._stream.record(self._cupy.cuda.Event(disable_timing=True))
+        with self._on_device():
+            return self._stream.record(self._cupy.cuda.Event(disable_timing=True))
 
     def hand_over(self, event: Any, reader: int | None) -> None:
         """Let the calling thread's current CuPy stream wait for a mark.
@@ -80,16 +89,14 @@ class SideStream:
         reader : int, optional
             The stream on which the arrays will be read, as a pointer; None if the framework does not say.
         """
-        cuda = self._cupy.cuda
-        with cuda.Device(self.index):
-            cuda.get_current_stream().wait_event(event)
+        with self._on_device():
+            self._cupy.cuda.get_current_stream().wait_event(event)
         self.read_on(reader)
 
     def read_on(self, reader: int | None) -> None:
         """Take note of the stream on which the arrays will be read, as :meth:`hand_over`, without a wait."""
-        cuda = self._cupy.cuda
-        with cuda.Device(self.index):
-            self._reader = None if reader is None else cuda.ExternalStream(reader, self.index)
+        with self._on_device():
+            self._reader = None if reader is None else self._cupy.cuda.ExternalStream(reader, self.index)
 
     def _allocate(self, size: int) -> Any:
         cuda = self._cupy.cuda
@@ -100,23 +107,32 @@ class SideStream:
     def let_go(self, memory: Any) -> None:
         """Take memory that no array uses any more, but that kernels of the reader may."""
         marks: list[Any] = []
-        reader = self._reader
-        if reader is not None:
-            with self._cupy.cuda.Device(self.index):
-                marks.append(reader.record(self._cupy.cuda.Event(disable_timing=True)))
-                if self._between is not None:
-                    # Of what is dropped before it comes to the reader, that one's mark says nothing.
-                    marks.append(self._between.record())
+        # Without marks the host will wait for the whole device: a destructor has nobody to raise its errors to.
+        with contextlib.suppress(Exception):
+            marks = self._marks(self._reader)
         self._let_go.append((memory, marks))
+
+    def _marks(self, reader: Any) -> list[Any]:
+        if reader is None:
+            return []
+        with self._on_device():
+            marks = [reader.record(self._cupy.cuda.Event(disable_timing=True))]
+            if self._between is not None:
+                # Of what is dropped before it comes to the reader, that one's mark says nothing.
+                marks.append(self._between.record())
+            return marks
 
     def _free(self) -> None:
         """Give back to the pool what the reader's stream has passed."""
         waiting = [self._let_go.popleft() for _ in range(len(self._let_go))]
-        if any(not marks for _, marks in waiting):
-            # Of a framework that does not name its stream nothing less than this is known to be enough.
-            self._cupy.cuda.runtime.deviceSynchronize()
-            return
-        self._let_go.extend(entry for entry in waiting if not all(mark.done for mark in entry[1]))
+        try:
+            if any(not marks for _, marks in waiting):
+                # Of a framework that does not name its stream nothing less than this is known to be enough.
+                self._cupy.cuda.runtime.deviceSynchronize()
+                waiting = []
+            waiting = [entry for entry in waiting if not all(mark.done for mark in entry[1])]
+        finally:
+            self._let_go.extend(waiting)  # after an error, all of it
 
 
 class _Lease:

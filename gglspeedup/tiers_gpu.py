@@ -75,6 +75,8 @@ class CudaTiers:
                 hot = self._runtime.empty((count, *self._rows.shape[1:]), self._rows.dtype)
                 break
             except MemoryError as error:  # CuPy's OutOfMemoryError is one
+                if count == 0:
+                    raise
                 logger.warning("GPU memory holds no %d hot rows (%s); trying half of them", count, error)
                 count //= 2
         if count == len(self._rows):

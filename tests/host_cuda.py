@@ -24,6 +24,7 @@ _HERE = Path(__file__).parent
 _GUARD = 64  # bytes on either side of a device array that no kernel may touch
 _FILL = 0xA5
 ORDERS = {"forwards": 0, "backwards": 1, "random": 2}
+WATCHED = {"shuffled": 3, "races": 4}  # also see what kernels touch; see fibres_on_host.hpp, watch_on_host.hpp
 RUNTIMES = ["host"] if cuda_problem() else ["host", "cuda"]
 
 
@@ -36,27 +37,48 @@ class DeviceArray(np.ndarray):  # type: ignore[type-arg]
         self.guarded = getattr(parent, "guarded", None)
 
 
-def _compile(kernel: Kernel, folder: Path) -> ctypes.CDLL:
-    source = kernel_source(kernel.file)
+def _shared(declaration: re.Match[str]) -> str:
+    """Return a declaration of __shared__ arrays as references to memory of the block that runs."""
+    kind, names = declaration.groups()
+    cells = [re.fullmatch(r"(\w+)(.+)", name.strip()) for name in names.split(",")]
+    return " ".join(
+        f"{kind} (&{cell[1]}){cell[2]} = *({kind} (*){cell[2]})host::shared(__COUNTER__, sizeof({kind}{cell[2]}));"
+        for cell in cells if cell
+    )  # fmt: skip
+
+
+def host_source(file: str, tiles: dict[str, int]) -> str:
+    """Return a `.cu` file as the host compiles it, line by line the same; `tiles` replaces what it defines."""
+    source = kernel_source(file)
+    for name, value in tiles.items():
+        source, replaced = re.subn(rf"#define {name} \d+", f"#define {name} {value}", source)
+        assert replaced == 1, name
+    return re.sub(r"__shared__ ((?:unsigned )?\w+) ([^;]+);", _shared, source)
+
+
+def _compile(kernel: Kernel, folder: Path, watched: bool, tiles: dict[str, int]) -> ctypes.CDLL:
+    source = host_source(kernel.file, tiles if kernel.file == "sample.cu" else {})
     names = re.findall(r"__global__ void ([a-z]\w*)\(", source)
     for width in re.findall(r"^ROW_KERNELS\((\d+),", source, re.MULTILINE):
         names += [f"gather_rows_{width}", f"scatter_rows_{width}"]
     launchers = "\n".join(
         f'extern "C" const char *launch_{name}(unsigned grid, unsigned block, void **arguments, const int *sizes, '
-        "int count, int how, unsigned long long seed) "
-        f"{{ return host::launch({name}, grid, block, arguments, sizes, count, how, seed); }}"
+        "int count, int how, unsigned long long seed, int broken) "
+        f"{{ return host::launch({name}, grid, block, arguments, sizes, count, how, seed, broken); }}"
         for name in names
     )
-    stem = "_".join((kernel.file.replace(".", "_"), *kernel.macros)).lower()
+    kind = [*kernel.macros, *(["watched"] if watched else []), *map(str, tiles.values())]
+    stem = "_".join([kernel.file.replace(".", "_"), *kind]).lower()
     unit, library = folder / f"{stem}.cpp", folder / f"{stem}.so"
     if not library.exists():
-        unit.write_text(f'#include "cuda_on_host.hpp"\n{source}\n{launchers}\n', encoding="utf-8")
-        macros = [f"-D{macro}" for macro in kernel.macros]
-        warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-variable"]
-        output = ["-shared", "-fPIC", "-o", f"{library}.new"]
-        command = ["g++", "-std=c++17", "-O1", *warnings, *macros, f"-I{_HERE}", str(unit), *output]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        unit.write_text(f'#include "cuda_on_host.hpp"\n#line 1\n{source}\n{launchers}\n', encoding="utf-8")
+        options = ["-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        options += ["-Wno-unused-variable", *(f"-D{macro}" for macro in kernel.macros), f"-I{_HERE}"]
+        # Not linked with that option: what it calls is in watch_on_host.hpp.
+        made = [*(["-fsanitize=thread"] if watched else []), "-c", "-o", f"{library}.o", str(unit)]
+        for command in (["g++", *options, *made], ["g++", "-shared", "-o", f"{library}.new", f"{library}.o"]):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
         os.replace(f"{library}.new", library)
     return ctypes.CDLL(str(library))
 
@@ -71,13 +93,22 @@ class HostRuntime:
     ----------
     folder : Path
         Where compiled kernels are kept for the session.
-    order : {"forwards", "backwards", "random"}
-        In which order blocks and lanes run.
+    order : {"forwards", "backwards", "random", "shuffled", "races"}
+        In which order blocks and lanes run; "races" also refuses what is a race in any order.
+    tiles : dict, optional
+        What sample.cu defines otherwise, such as smaller tiles.
+
+    Attributes
+    ----------
+    seed : int
+        Of the order of the next launches.
+    broken_line : int
+        Where kernels lack a barrier, or that an operation is atomic; 0 for nowhere.
     """
 
     index = 0
 
-    def __init__(self, folder: Path, order: str = "forwards") -> None:
+    def __init__(self, folder: Path, order: str = "forwards", tiles: dict[str, int] | None = None) -> None:
         if shutil.which("g++") is None:
             missing("g++, which compiles the CUDA kernels for the host,")
         self.order = order
@@ -90,7 +121,9 @@ class HostRuntime:
         self._guards: dict[int, tuple[Any, int]] = {}
         self._recording = threading.local()
         self._lock = threading.RLock()  # one launch at a time: threadIdx and its kin are globals on the host
-        self._seed = 0
+        self.seed = 0
+        self.broken_line = 0
+        self._tiles = tiles or {}
 
     @property
     def xp(self) -> ModuleType:
@@ -155,7 +188,7 @@ class HostRuntime:
         key = (kernel.file, kernel.macros)
         library = self._libraries.get(key)
         if library is None:
-            library = self._libraries[key] = _compile(kernel, self._folder)
+            library = self._libraries[key] = _compile(kernel, self._folder, self.order in WATCHED, self._tiles)
         values: list[Any] = []
         for argument in arguments:
             if isinstance(argument, np.ndarray):
@@ -169,10 +202,11 @@ class HostRuntime:
         sizes = (ctypes.c_int * len(cells))(*(cell.itemsize for cell in cells))
         function = getattr(library, f"launch_{kernel.name}")
         function.restype = ctypes.c_char_p
-        self._seed += 1
+        self.seed += 1
         problem = function(
             ctypes.c_uint(grid), ctypes.c_uint(block), pointers, sizes, ctypes.c_int(len(cells)),
-            ctypes.c_int(ORDERS[self.order]), ctypes.c_ulonglong(0x9E3779B97F4A7C15 * self._seed % (1 << 64)),
+            ctypes.c_int({**ORDERS, **WATCHED}[self.order]),
+            ctypes.c_ulonglong(0x9E3779B97F4A7C15 * self.seed % (1 << 64)), ctypes.c_int(self.broken_line),
         )  # fmt: skip
         self.launches.append(kernel.name)
         assert problem is None, f"{kernel.name}: {problem.decode()}"

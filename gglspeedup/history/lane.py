@@ -10,6 +10,7 @@ from typing import Any
 
 from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.prefetch import ForkedError
+from gglspeedup.trace import span
 
 
 class Lane:
@@ -75,7 +76,8 @@ class Lane:
 
         def work() -> Any:
             try:
-                return job()
+                with span("history lane"):
+                    return job()
             except BaseException as error:
                 if keep_failure:
                     self._failure = error

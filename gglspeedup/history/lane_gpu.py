@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -52,9 +53,14 @@ class StreamLane:
         with self.lock:
             self.check()
             ready = self._side.mark()
-            with self._side.filling(after=ready):
-                value = job()
-                done = self._side.record()
+            try:
+                with self._side.filling(after=ready):
+                    value = job()
+                    done = self._side.record()
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    self._side.synchronize()  # what the job has enqueued may still read what goes with it
+                raise
             while self._running and self._running[0][0].done:
                 self._running.popleft()
             self._running.append((done, job))

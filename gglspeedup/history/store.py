@@ -39,6 +39,21 @@ class Staleness(NamedTuple):
     largest: int
     never: int
 
+    @classmethod
+    def of(cls, age: Ids) -> Staleness:
+        """Return the summary of ages, of which -1 means never.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Staleness.of(np.array([0, 3, -1]))
+        Staleness(mean=1.5, largest=3, never=1)
+        """
+        known = age[age >= 0]
+        if not len(known):
+            return cls(0.0, 0, len(age))
+        return cls(float(known.mean()), int(known.max()), len(age) - len(known))
+
 
 class HistoryStore:
     """Tables of rows that batches push to and pull from.
@@ -234,11 +249,7 @@ class HistoryStore:
 
     def staleness(self, n_id: Any = None, table: int = 0) -> Staleness:
         """Return a summary of :meth:`age`."""
-        age = self.age(n_id, table)
-        known = age[age >= 0]
-        if not len(known):
-            return Staleness(0.0, 0, len(age))
-        return Staleness(float(known.mean()), int(known.max()), len(age) - len(known))
+        return Staleness.of(self.age(n_id, table))
 
     def _header(self) -> Header:
         return Header(self.num_nodes, self.dims, self.dtype, tuple(table.pushes for table in self._tables))

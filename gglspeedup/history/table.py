@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.arguments import host_ids
-from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError, explain
 from gglspeedup.history import history_file
 from gglspeedup.history.history_file import Header
 from gglspeedup.history.lane import Lane
 from gglspeedup.history.lane_gpu import StreamLane
 from gglspeedup.history.tables_cpu import HostTable
+from gglspeedup.trace import span
 
 if TYPE_CHECKING:
     from gglspeedup.history.tables_gpu import CudaTable
@@ -32,7 +33,10 @@ class PendingPull:
 
     def wait(self) -> Any:
         """Return the rows, as :meth:`History.pull` does, once they are there."""
-        return self._deliver(self._pending.result())
+        with span("history pull") as pulled:
+            rows = self._deliver(self._pending.result())
+            pulled.moved(rows.nbytes)
+        return rows
 
 
 class Common:
@@ -124,17 +128,15 @@ class History:
         ArgumentTypeError, ArgumentValueError
             The values' shape or dtype does not fit, or neither or both of `n_id` and ranges are given.
         """
-        if (n_id is None) == (offset is None) or (offset is None) != (count is None):
-            remedy = "call push(values, n_id) or push(values, offset=[...], count=[...])"
-            raise ArgumentTypeError(explain("n_id", "to be given, or offset and count", "another combination", remedy))
         table = self._table
-        if n_id is not None:
+        if names_nodes(n_id, offset, count):
             ids = table.ids(n_id)
             rows = len(ids)
         else:
-            offset, count = self._ranges(offset, count)
+            offset, count = checked_ranges(offset, count, self.shape[0])
             rows = int(count.sum())
-        with self._lane.lock:
+        with span("history push") as pushed, self._lane.lock:
+            pushed.moved(rows * table.rows.shape[1] * table.rows.dtype.itemsize)
             queued = self._common.queues or self._lane.busy
             kept = table.values(values, rows, keep=queued)
             number = self._common.next_number(self._index)
@@ -142,25 +144,16 @@ class History:
             if n_id is None:
                 job = partial(table.push_ranges, kept, offset, count, number)
             else:
-                job = partial(table.push_rows, kept, ids.copy() if queued else ids, number)
-            if queued:
-                self._lane.submit(job)
-            else:
-                self._lane.run(job)
+                job = partial(table.push_rows, kept, table.copied(ids) if queued else ids, number)
+            try:
+                if queued:
+                    self._lane.submit(job)
+                else:
+                    self._lane.run(job)
+            except DeviceError:
+                self._common.count(self._index, number)  # stamps of this number may be on the device
+                raise
             self._common.count(self._index, number)
-
-    def _ranges(self, offset: Any, count: Any) -> tuple[Ids, Ids]:
-        begins, lengths = np.array(host_ids(offset, "offset")), np.array(host_ids(count, "count"))
-        if len(begins) != len(lengths):
-            needs = f"a length for each of {len(begins)} ranges"
-            raise ArgumentValueError(explain("count", needs, f"{len(lengths)}", "pass lists of the same length"))
-        bad = np.flatnonzero((begins < 0) | (lengths < 0) | (lengths > self.shape[0] - begins))
-        if len(bad):
-            first, nodes = int(bad[0]), self.shape[0]
-            got = f"{begins[first]} and {lengths[first]} at position {first}"
-            remedy = "check that ranges and store belong together"
-            raise ArgumentValueError(explain("offset and count", f"ranges within 0 to {nodes}", got, remedy))
-        return begins, lengths
 
     def pull(self, n_id: Any) -> Any:
         """Return rows.
@@ -182,10 +175,13 @@ class History:
             They are no node ids, or out of range.
         """
         ids = self._table.ids(n_id)
-        if self._ahead is not None and len(self._ahead[0]) == len(ids) and bool((self._ahead[0] == ids).all()):
+        if self._ahead is not None and self._table.equal(self._ahead[0], ids):
             (_, pending), self._ahead = self._ahead, None
             return pending.wait()
-        return self._table.deliver(self._lane.run(lambda: self._table.pull(ids)))
+        with span("history pull") as pulled:
+            found = self._table.deliver(self._lane.run(lambda: self._table.pull(ids)))
+            pulled.moved(found.nbytes)
+        return found
 
     def pull_async(self, n_id: Any) -> PendingPull:
         """Start a pull of rows as they are now, and return at once.
@@ -200,14 +196,14 @@ class History:
         PendingPull
             Its ``wait()`` returns the rows, as :meth:`pull` does.
         """
-        return self._start_pull(self._table.ids(n_id).copy())
+        return self._start_pull(self._table.copied(self._table.ids(n_id)))
 
     def _start_pull(self, ids: Any) -> PendingPull:
         return PendingPull(self._lane.submit(lambda: self._table.pull(ids), awaited=True), self._table.deliver)
 
     def prefetch(self, n_id: Any) -> None:
         """Start a pull of rows as they are now; the next :meth:`pull` of these nodes returns what it brought."""
-        ids = self._table.ids(n_id).copy()
+        ids = self._table.copied(self._table.ids(n_id))
         self._ahead = (ids, self._start_pull(ids))
 
     def _written(self, n_id: Any) -> Ids:
@@ -234,6 +230,41 @@ class History:
 
     def __repr__(self) -> str:
         return f"History(shape={self.shape}, dtype={self.dtype}, {self.pushes} pushes)"
+
+
+def names_nodes(n_id: Any, offset: Any, count: Any) -> bool:
+    """Return whether a push is to nodes, rather than to ranges of them.
+
+    Raises
+    ------
+    ArgumentTypeError
+        It is to neither, to both, or lacks the begins or the lengths of its ranges.
+    """
+    if (n_id is None) == (offset is None) or (offset is None) != (count is None):
+        remedy = "call push(values, n_id) or push(values, offset=[...], count=[...])"
+        raise ArgumentTypeError(explain("n_id", "to be given, or offset and count", "another combination", remedy))
+    return n_id is not None
+
+
+def checked_ranges(offset: Any, count: Any, num_nodes: int) -> tuple[Ids, Ids]:
+    """Return copies of the first nodes and the lengths of ranges, once they are known to be of `num_nodes` nodes.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError
+        They are not as many whole numbers each, or a range is none of these nodes.
+    """
+    begins, lengths = np.array(host_ids(offset, "offset")), np.array(host_ids(count, "count"))
+    if len(begins) != len(lengths):
+        needs = f"a length for each of {len(begins)} ranges"
+        raise ArgumentValueError(explain("count", needs, f"{len(lengths)}", "pass lists of the same length"))
+    bad = np.flatnonzero((begins < 0) | (lengths < 0) | (lengths > num_nodes - begins))
+    if len(bad):
+        first = int(bad[0])
+        got = f"{begins[first]} and {lengths[first]} at position {first}"
+        remedy = "check that ranges and store belong together"
+        raise ArgumentValueError(explain("offset and count", f"ranges within 0 to {num_nodes}", got, remedy))
+    return begins, lengths
 
 
 def _close(

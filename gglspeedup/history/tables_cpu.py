@@ -44,6 +44,14 @@ class HostTable:
         check_range(ids, len(self.rows), "n_id")
         return ids
 
+    def copied(self, ids: Any) -> Any:
+        """Return a copy of what :meth:`ids` returned."""
+        return ids.copy()
+
+    def equal(self, ids: Any, others: Any) -> bool:
+        """Return whether two of what :meth:`ids` returned are the same."""
+        return len(ids) == len(others) and bool((ids == others).all())
+
     def values(self, values: Any, count: int, *, keep: bool) -> Array:
         """Return values as rows of this table's dtype, checked; a copy if they are to be kept for later."""
         given = host_array(values, "values")

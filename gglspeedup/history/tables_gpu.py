@@ -47,6 +47,16 @@ class CudaTable:
             check_device_ids(self._runtime, ids, len(self.rows), "n_id")
         return ids
 
+    def copied(self, ids: Any) -> Any:
+        """Return a copy of what :meth:`ids` returned."""
+        with self._runtime.activate():
+            return ids.copy()
+
+    def equal(self, ids: Any, others: Any) -> bool:
+        """Return whether two of what :meth:`ids` returned are the same: the host waits for the answer."""
+        with self._runtime.activate():
+            return len(ids) == len(others) and bool((ids == others).all())
+
     def values(self, values: Any, count: int, *, keep: bool) -> Any:
         """Return a copy of values as rows of this table's dtype, on the device, checked."""
         given = as_array(values, "values")

@@ -13,14 +13,14 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from gglspeedup.errors import DeviceError, GGLSpeedupError, explain
+from gglspeedup.errors import DeviceError, GGLSpeedupError, cuda_failures, explain
 
 logger = logging.getLogger("gglspeedup")
 
@@ -156,11 +156,15 @@ def _unregister(pointer: int, device_index: int, host: np.ndarray[Any, Any]) -> 
     del host  # was kept alive until now
     import cupy
 
+    runtime = cupy.cuda.runtime
     try:
         with cupy.cuda.Device(device_index):
-            cupy.cuda.runtime.deviceSynchronize()  # a kernel may still be reading
-            cupy.cuda.runtime.hostUnregister(pointer)
-    except cupy.cuda.runtime.CUDARuntimeError as error:  # at exit the driver may have gone first
+            runtime.deviceSynchronize()  # a kernel may still be reading
+    except runtime.CUDARuntimeError as error:  # at exit the driver may have gone first
+        logger.debug("waiting for the readers of host memory failed: %s", error)
+    try:
+        runtime.hostUnregister(pointer)  # whichever device is current: it was pinned for all
+    except runtime.CUDARuntimeError as error:
         logger.debug("unpinning host memory failed: %s", error)
 
 
@@ -201,7 +205,7 @@ class CudaRuntime:
         return module
 
     def activate(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the device current for a block of code.
+        """Make the device current for a block of code, whose CUDA errors become errors of this library.
 
         Raises
         ------
@@ -212,8 +216,12 @@ class CudaRuntime:
             needs, got = "a process that was not forked after CUDA was used", f"a fork of process {self._process}"
             remedy = 'start processes with multiprocessing.get_context("spawn")'
             raise DeviceError(explain("device", needs, got, remedy))
-        device: contextlib.AbstractContextManager[Any] = self._cupy.cuda.Device(self.index)
-        return device
+        return self._current()
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        with cuda_failures(self.index), self._cupy.cuda.Device(self.index):
+            yield
 
     def is_device(self, array: Any) -> bool:
         """Whether kernels may read this array where it lies."""
@@ -232,10 +240,15 @@ class CudaRuntime:
         return self._cupy.asarray(host, order="C")
 
     def pinned(self, shape: Any, dtype: Any) -> np.ndarray[Any, Any]:
-        """Return an uninitialised pinned host array."""
+        """Return an uninitialised pinned host array; an ordinary one, with a warning, if no more can be pinned."""
         dtype = np.dtype(dtype)
         count = int(np.prod(shape))
-        memory = self._cupy.cuda.alloc_pinned_memory(max(1, count * dtype.itemsize))
+        try:
+            memory = self._cupy.cuda.alloc_pinned_memory(max(1, count * dtype.itemsize))
+        except (MemoryError, self._cupy.cuda.runtime.CUDARuntimeError) as error:
+            # Copies of it are right all the same: CUDA takes them through pinned memory of its own.
+            logger.warning("no host memory can be pinned for copies (%s): they will be slower", error)
+            return np.empty(shape, dtype)
         array: np.ndarray[Any, Any] = np.frombuffer(memory, dtype, count).reshape(shape)
         return array
 
@@ -339,15 +352,27 @@ class CudaRuntime:
         with self.activate():
             if host.nbytes == 0:
                 return PinnedView(self._cupy.empty(host.shape, host.dtype), None)
-            with _registrations_lock:
-                low, high = host.ctypes.data, host.ctypes.data + host.nbytes
-                registration = next((r for r in _registrations if r.low <= low and high <= r.high), None)
-                if registration is None:
-                    registration = _Registration(host, self.index, self._register(host))
-                    _registrations.add(registration)
-            memory = self._cupy.cuda.UnownedMemory(self._mapped(host), host.nbytes, registration, self.index)
-            pointer = self._cupy.cuda.MemoryPointer(memory, 0)
-            return PinnedView(self._cupy.ndarray(host.shape, host.dtype, pointer), registration)
+            try:
+                return self._pin(host)
+            except self._cupy.cuda.runtime.CUDARuntimeError as error:
+                raise self._unpinnable(host, error) from error
+
+    def _pin(self, host: np.ndarray[Any, Any]) -> PinnedView:
+        with _registrations_lock:
+            low, high = host.ctypes.data, host.ctypes.data + host.nbytes
+            registration = next((r for r in _registrations if r.low <= low and high <= r.high), None)
+            if registration is None:
+                registration = _Registration(host, self.index, self._register(host))
+                _registrations.add(registration)
+        memory = self._cupy.cuda.UnownedMemory(self._mapped(host), host.nbytes, registration, self.index)
+        pointer = self._cupy.cuda.MemoryPointer(memory, 0)
+        return PinnedView(self._cupy.ndarray(host.shape, host.dtype, pointer), registration)
+
+    def _unpinnable(self, host: np.ndarray[Any, Any], error: Exception) -> PinningError:
+        return PinningError(
+            f"{host.nbytes} bytes of host memory cannot be pinned for cuda:{self.index} ({error}); "
+            "raise the limit on locked memory (ulimit -l), or let the data be copied to the device"
+        )
 
     def _register(self, host: np.ndarray[Any, Any]) -> bool:
         """Pin an array, unless it is; return whether it was us who did."""
@@ -365,10 +390,7 @@ class CudaRuntime:
                         f"{host.nbytes} bytes of host memory are pinned in part, by somebody else; copy the array first"
                     ) from error
                 failure = error
-        raise PinningError(
-            f"{host.nbytes} bytes of host memory cannot be pinned for cuda:{self.index} ({failure}); "
-            "raise the limit on locked memory (ulimit -l), or let the data be copied to the device"
-        ) from failure
+        raise self._unpinnable(host, failure) from failure
 
     def _is_pinned(self, host: np.ndarray[Any, Any]) -> bool:
         runtime = self._cupy.cuda.runtime
