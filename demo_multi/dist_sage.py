@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # when run as a
 from demo.datasets import Dataset, load_dataset
 from demo.sage_torch import GraphSage
 from demo.training import Run, assess, judged_nodes, parser
-from gglspeedup import SampledBatch, set_num_threads
+from gglspeedup import set_num_threads
 from gglspeedup.distributed import (
     Communicator,
     DistFeature,
+    DistNodeLoader,
     DistSampler,
     GraphPart,
     LocalCommunicator,
     MpiCommunicator,
     PartBook,
     TorchCommunicator,
-    even_batches,
     partition_to_disk,
 )
 from gglspeedup.threads import usable_cores
@@ -42,18 +41,17 @@ from gglspeedup.threads import usable_cores
 Array = npt.NDArray[Any]
 
 
-def connect(options: argparse.Namespace) -> Communicator:
-    """Return the communicator of the ranks that were started, be it one."""
-    if options.communicator == "torch":
-        if not torch.distributed.is_torchelastic_launched():
-            return LocalCommunicator()
+def connect(options: argparse.Namespace) -> tuple[Communicator, Communicator]:
+    """Return two communicators of the ranks that were started, be it one; two threads may use one each."""
+    if options.communicator == "torch" and torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group("gloo")
-        return TorchCommunicator(timeout=options.timeout)
-    try:
-        return MpiCommunicator(timeout=options.timeout)
-    except ImportError as error:
-        print(f"a single rank: {error}", file=sys.stderr)
-        return LocalCommunicator()
+        return TorchCommunicator(timeout=options.timeout), TorchCommunicator(timeout=options.timeout)
+    if options.communicator == "mpi":
+        try:
+            return MpiCommunicator(timeout=options.timeout), MpiCommunicator(timeout=options.timeout)
+        except ImportError as error:
+            print(f"a single rank: {error}", file=sys.stderr)
+    return LocalCommunicator(), LocalCommunicator()
 
 
 def load_part(data: Dataset, communicator: Communicator, options: argparse.Namespace) -> tuple[GraphPart, Array]:
@@ -75,7 +73,7 @@ def load_part(data: Dataset, communicator: Communicator, options: argparse.Names
 def average(communicator: Communicator, model: torch.nn.Module, weight: int) -> None:
     """Replace the gradients of each rank by the mean over ranks; `weight` is how many seeds its own are the sum of."""
     parameters = list(model.parameters())
-    own = [p.grad if p.grad is not None and weight else torch.zeros_like(p) for p in parameters]
+    own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     vector = np.concatenate([*(gradient.numpy().ravel() for gradient in own), [weight]]).astype(np.float32)
     # Each rank adds up one piece of the vectors, and tells the others: all get the same bits.
     size = communicator.size
@@ -97,78 +95,83 @@ class Rank:
     ----------
     data : Dataset
         Of which the labels and the split are used by every rank.
-    communicator : Communicator
-        Of all ranks.
+    communicators : tuple of two Communicator
+        Of all ranks: one that batches are made with, in the background, and one for the training loop.
     options : argparse.Namespace
         Of the command line.
+    seed : int
+        Of the order in which seeds are visited.
     """
 
-    def __init__(self, data: Dataset, communicator: Communicator, options: argparse.Namespace) -> None:
-        self.data, self.communicator, self.options = data, communicator, options
-        part, rows = load_part(data, communicator, options)
-        self.sampler = DistSampler(part, communicator, options.fanouts)
-        self.train_nodes = np.flatnonzero(data.train_mask)
+    def __init__(
+        self, data: Dataset, communicators: tuple[Communicator, Communicator], options: argparse.Namespace, seed: int
+    ) -> None:
+        self.data = data
+        background, self.communicator = communicators
+        part, rows = load_part(data, self.communicator, options)
+        self.sampler = DistSampler(part, background, options.fanouts)
+        nodes, judged = np.flatnonzero(data.train_mask), judged_nodes(data)
         self.features = DistFeature(
-            part, communicator, rows, cache=options.cache, sampler=self.sampler, seeds=self.share(self.train_nodes),
+            part, background, rows, cache=options.cache, sampler=self.sampler, seeds=self.share(nodes),
             batch_size=options.batch_size,
+        )  # fmt: skip
+        matrices = self.sampler, self.features, data.y
+        self.training = DistNodeLoader(
+            *matrices, seeds=nodes, deal_out=True, batch_size=options.batch_size, seed=seed, backend="torch"
+        )
+        self.evaluation = DistNodeLoader(
+            *matrices, seeds=self.share(judged), sizes=[-1] * len(options.fanouts), shuffle=False, backend="torch",
+            batch_size=options.eval_batch_size,
         )  # fmt: skip
 
     def share(self, nodes: Array) -> Array:
         """Return every so many-th node: those of this rank."""
         return nodes[self.communicator.rank :: self.communicator.size]
 
-    def batches(self, nodes: Array, batch_size: int, sizes: list[int]) -> Iterator[tuple[SampledBatch, torch.Tensor]]:
-        """Give the batches of this rank's share with their features; empty ones while other ranks have more."""
-        for seeds in even_batches(self.communicator, self.share(nodes), batch_size):
-            batch = self.sampler.sample(seeds, sizes=sizes)
-            yield batch, torch.from_numpy(self.features[batch.n_id])
-
-    def learn(self, model: GraphSage, optimizer: torch.optim.Optimizer, nodes: Array) -> float:
-        """Train on an epoch over nodes, which all ranks pass in the same order; return the mean loss."""
+    def learn(self, model: GraphSage, optimizer: torch.optim.Optimizer) -> float:
+        """Train for an epoch; return the mean loss."""
         losses = np.zeros(2)
         model.train()
-        for batch, x in self.batches(nodes, self.options.batch_size, self.options.fanouts):
+        for batch in self.training:
             optimizer.zero_grad()
-            if batch.batch_size:
-                y = torch.from_numpy(self.data.y[batch.seeds])
-                loss = functional.cross_entropy(model(x, [adj.cp2torch() for adj in batch.adjs]), y, reduction="sum")
-                loss.backward()
-                losses += float(loss.detach()), batch.batch_size
+            loss = functional.cross_entropy(model(batch.x, batch.adjs), batch.y, reduction="sum")
+            loss.backward()
+            losses += float(loss.detach()), batch.batch_size
             average(self.communicator, model, batch.batch_size)
             optimizer.step()
         everyone = np.frombuffer(b"".join(self.communicator.gather_all(losses.tobytes()))).reshape(-1, 2).sum(0)
         return float(everyone[0] / everyone[1])
 
     @torch.no_grad()
-    def judge(self, model: GraphSage, nodes: Array) -> Array:
-        """Return the scores of nodes, with all their neighbours, on every rank."""
+    def judge(self, model: GraphSage) -> Array:
+        """Return the scores of the nodes to judge by, with all their neighbours, on every rank."""
         model.eval()
-        found = np.zeros((0, self.data.num_classes), np.float32)
-        for batch, x in self.batches(nodes, self.options.eval_batch_size, [-1] * len(self.options.fanouts)):
-            if batch.batch_size:
-                found = np.concatenate([found, model(x, [adj.cp2torch() for adj in batch.adjs]).numpy()])
-        scores = np.empty((len(nodes), self.data.num_classes), np.float32)
-        for rank, message in enumerate(self.communicator.gather_all(found.tobytes())):
+        found = [model(batch.x, batch.adjs).numpy() for batch in self.evaluation if batch.batch_size]
+        mine = np.concatenate([np.zeros((0, self.data.num_classes), np.float32), *found])
+        scores = np.empty((len(judged_nodes(self.data)), self.data.num_classes), np.float32)
+        for rank, message in enumerate(self.communicator.gather_all(mine.tobytes())):
             theirs = np.frombuffer(message, np.float32).reshape(-1, self.data.num_classes)
             scores[rank :: self.communicator.size] = theirs
         return scores
 
 
-def train(data: Dataset, communicator: Communicator, options: argparse.Namespace, seed: int) -> tuple[Run, Rank]:
+def train(
+    data: Dataset, communicators: tuple[Communicator, Communicator], options: argparse.Namespace, seed: int
+) -> tuple[Run, Rank]:
     """Train once; `seed` decides weights, dropout, and the order of the seeds."""
-    rank = Rank(data, communicator, options)
+    rank = Rank(data, communicators, options, seed)
     torch.manual_seed(seed)
     hidden = [options.hidden] * (len(options.fanouts) - 1)
     model = GraphSage([data.x.shape[1], *hidden, data.num_classes], options.dropout)  # the same on all ranks
     optimizer = torch.optim.Adam(model.parameters(), options.lr, weight_decay=options.weight_decay)
+    communicator = rank.communicator
     torch.manual_seed(seed * communicator.size + communicator.rank)  # each has its own dropout
-    judged, run = judged_nodes(data), Run()
-    for epoch in range(options.epochs):
+    run = Run()
+    for _ in range(options.epochs):
         start = time.perf_counter()
-        order = np.random.default_rng([seed, epoch]).permutation(rank.train_nodes)
-        loss = rank.learn(model, optimizer, order)
+        loss = rank.learn(model, optimizer)
         run.epoch_seconds.append(time.perf_counter() - start)
-        run.history.append(assess(data, loss, rank.judge(model, judged)))
+        run.history.append(assess(data, loss, rank.judge(model)))
     run.hit_rate = rank.features.hit_rate
     return run, rank
 
@@ -182,7 +185,8 @@ def main() -> int:
     command_line.add_argument("--timeout", type=float, default=120.0, help="seconds that a rank waits for another")
     command_line.set_defaults(cache="0")
     options = command_line.parse_args()
-    communicator = connect(options)
+    communicators = connect(options)
+    communicator = communicators[0]
     # The ranks of one machine share its cores.
     threads = max(1, usable_cores() // communicator.size)
     torch.set_num_threads(threads)
@@ -190,7 +194,7 @@ def main() -> int:
     data = load_dataset(options.dataset, options.root)
     runs = []
     for seed in range(options.seeds):
-        run, rank = train(data, communicator, options, seed)
+        run, rank = train(data, communicators, options, seed)
         runs.append(run)
     if communicator.rank == 0:
         accuracy = [run.test_accuracy for run in runs]

@@ -100,15 +100,15 @@ class ShardedGraph:
         return f"ShardedGraph(num_nodes={self.num_nodes}, num_edges={self.num_edges} = {shards})"
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._mapped is not None:  # the other process opens the file itself
-            return {"mapped": self._mapped, "devices": self.devices}
-        return self.__dict__
+        if self._mapped is None:
+            return self.__dict__
+        # The other process opens the file itself.
+        return {name: value for name, value in self.__dict__.items() if name not in ("indptr", "indices", "edge_ids")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "mapped" in state:
-            ShardedGraph.__init__(self, state["mapped"], state["devices"])
-        else:
-            self.__dict__.update(state)
+        self.__dict__.update(state)
+        if self._mapped is not None:
+            self._deal_out(self._mapped)
 
 
 def _dealt_out(array: Array, first: Ids, hold: Sequence[Callable[[Array], Any]], more: int = 0) -> Pieces:

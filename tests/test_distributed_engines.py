@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import missing
-from rank_jobs import RANKS, TIMEOUT
+from rank_jobs import RANKS, STUCK_TIMEOUT
 
 SCRIPT = Path(__file__).parent / "rank_jobs.py"
 ROOT = SCRIPT.parent.parent
@@ -81,52 +81,41 @@ def run(engine: str, job: str, folder: Path, ranks: int = RANKS) -> tuple[int, s
 
 
 ENGINES = ["mpi", "gloo"]
+# In one start of the ranks, as that takes longer than any of them.
+GOOD = {
+    "mpi": "whole,in_pieces,in_the_background,device_buffers,bad_seeds,differences",
+    "gloo": "whole,in_the_background,bad_seeds,differences",
+}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_ranks_get_what_one_process_has(engine, tmp_path):
-    status, output = run(engine, "whole", tmp_path)
+    """Also in the background; and what one rank alone has wrong is told to all, which go on."""
+    status, output = run(engine, GOOD[engine], tmp_path)
     assert status == 0 and output.count("is done") == RANKS, output
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_any_number_of_mpi_ranks(ranks, tmp_path):
-    status, output = run("mpi", "whole", tmp_path, ranks)
+    status, output = run("mpi", "whole,in_the_background", tmp_path, ranks)
     assert status == 0 and output.count("is done") == ranks, output
 
 
-def test_messages_in_pieces(tmp_path):
-    status, output = run("mpi", "in_pieces", tmp_path)
-    assert status == 0 and output.count("is done") == RANKS, output
-
-
 @pytest.mark.parametrize("engine", ENGINES)
-def test_seeds_that_one_rank_cannot_sample(engine, tmp_path):
-    status, output = run(engine, "bad_seeds", tmp_path)
-    assert status == 0 and output.count("is done") == RANKS, output
+def test_ranks_survive_what_they_catch(engine, tmp_path):
+    """Every rank hears of the cause, and can make another communicator; MPI, which has lost messages, is aborted."""
+    status, output = run(engine, "caught", tmp_path)
+    assert output.count("is done") == RANKS and (status == 0) == (engine == "gloo"), output
 
 
-DIFFERENCES = {
-    "other_seed": "rank 1 has seed 6 where others have 5",
-    "other_graph": "rank 1 has graph",
-    "other_version": 'rank 1 has version "0.0.7"',
-}
 FAILURES = {
     "raised": dict.fromkeys(ENGINES, "rank 1 gave up: IndexError"),
-    "inside": dict.fromkeys(ENGINES, "rank 1 gave up: MemoryError"),
-    "cut_short": dict.fromkeys(ENGINES, "rank 1 gave up: PartFileError"),
-    "stuck": {"mpi": f"rank 1 did not come to sampling, hop 1 within {TIMEOUT:g} s", "gloo": "rank 1 did not come"},
+    "stuck": {
+        "mpi": f"rank 1 did not come to sampling, hop 1 within {STUCK_TIMEOUT:g} s",
+        "gloo": "rank 1 did not come",
+    },
     "killed": {"mpi": "Killed (signal 9)", "gloo": "rank 1 died or ended"},
-    "other_call": dict.fromkeys(ENGINES, "rank 1 is in DistSampler(...)"),
 }
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("job", DIFFERENCES)
-def test_ranks_that_differ(engine, job, tmp_path):
-    status, output = run(engine, job, tmp_path)
-    assert status != 0 and "is done" not in output
-    assert DIFFERENCES[job] in output
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -49,7 +49,7 @@ class Communicator(ABC):
     Used as ``with communicator:``, it tells the other ranks of an exception that leaves the block.
 
     An engine whose peers read device memory may take and return arrays of the device in :meth:`exchange`: counts and
-    messages stay on the host. Those here take NumPy's.
+    messages stay on the host. NcclCommunicator does, and MpiCommunicator if it is told to; the others take NumPy's.
 
     Attributes
     ----------
@@ -59,7 +59,11 @@ class Communicator(ABC):
         Seconds that a rank waits for another.
     step : str
         What errors say that this rank was doing; set by those who call.
+    concurrent : bool
+        Whether a thread may use it while other threads use other communicators.
     """
+
+    concurrent = True
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, checked_timeout(timeout)
@@ -88,6 +92,10 @@ class Communicator(ABC):
     @abstractmethod
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one cannot go on: what they wait for or call next raises `reason`."""
+
+    def heard(self) -> str | None:
+        """Return what another rank has said of why it ends, None if none did or the engine does not tell."""
+        return None
 
     def exchange_counts(self, send: Ids) -> Ids:
         """Send row r to rank r, and return what each rank has sent: int64 [size, k] both, of one k for all ranks."""
@@ -144,6 +152,13 @@ def checked_timeout(timeout: float) -> float:
     if not (timeout > 0 and math.isfinite(timeout)):
         raise ArgumentValueError(explain("timeout", "seconds above 0", timeout, remedy))
     return float(timeout)
+
+
+def check_concurrent(communicator: Communicator, argument: str) -> None:
+    """Raise ArgumentValueError if a communicator is of no use to a background thread."""
+    if not communicator.concurrent:
+        remedy = "initialise MPI with THREAD_MULTIPLE, as mpi4py does by itself, or do without a background thread"
+        raise ArgumentValueError(explain(argument, "an engine that several threads may use", "another", remedy))
 
 
 def offsets_of(counts: Sequence[int] | Ids) -> Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from gglspeedup.distributed.collective import Collective, most_of_all
 from gglspeedup.distributed.communicator import Communicator, Ids
 from gglspeedup.distributed.hot_rows import by_degree, by_list, by_presampling
 from gglspeedup.distributed.part import GraphPart
-from gglspeedup.distributed.rows import Cache, RowExchange, book_of
+from gglspeedup.distributed.rows import Cache, RowExchange, Source, book_of
 from gglspeedup.distributed.sampler import check_parts
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.interchange import integer_view, is_numeric
@@ -139,12 +140,14 @@ class DistFeature:
         at_a_time = max(1, _FILL_BYTES // max(1, self._row_bytes))
         for index in range(most_of_all(self._collective.communicator, -(-len(nodes) // at_a_time))):
             begin = index * at_a_time
-            part, _ = self._fetch("the filling of caches", nodes[begin : begin + at_a_time])
+            (part,) = self._fetch("the filling of caches", [nodes[begin : begin + at_a_time]])[0]
             rows[begin : begin + len(part)] = part
         self._cache = Cache(nodes, rows)
 
-    def _fetch(self, step: str, n_id: Any) -> tuple[Array, Ids]:
-        return self._exchange.fetch(step, n_id, lambda rows: (self._rows, rows), self._tier.take, self._cache)
+    def _fetch(self, step: str, n_ids: Sequence[Any]) -> tuple[list[Array], Ids]:
+        source = Source(lambda rows: (self._rows, rows), self._tier.take)
+        found, served = self._exchange.fetch(step, n_ids, [source], self._cache)
+        return [rows for (rows,) in found], served
 
     def __getitem__(self, n_id: Any) -> Any:
         """Return the rows of some nodes; collective.
@@ -169,12 +172,27 @@ class DistFeature:
         CommunicatorError
             A rank has died, did not come, or makes another call.
         """
-        with self._collective.together():
-            rows, served = self._fetch("DistFeature[...]", n_id)
-        self._served += served
-        return rows if rows.dtype == self.dtype else rows.view(self.dtype)
+        return self.take_many([n_id])[0]
 
     take = __getitem__
+
+    def take_many(self, n_ids: Sequence[Any]) -> list[Any]:
+        """Return the rows of several lists of nodes, in as many messages as one takes; collective.
+
+        Parameters
+        ----------
+        n_ids : sequence of int array-like or tensor [n]
+            As many or as few as this rank has, each as indexing takes it; a row that several need travels once.
+
+        Returns
+        -------
+        list of array [n] or [n, F]
+            Of each list, as indexing returns it; that also says what is raised.
+        """
+        with self._collective.together():
+            found, served = self._fetch("DistFeature[...]", n_ids)
+        self._served += served
+        return [rows if rows.dtype == self.dtype else rows.view(self.dtype) for rows in found]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -96,6 +96,10 @@ class LocalCommunicator(Communicator):
         if min(passed) < turn:
             raise CommunicatorError(board.failure)
 
+    def heard(self) -> str | None:
+        """Return what another rank has said of why it ends, None if none did."""
+        return self._board.failure
+
     def abort(self, reason: str) -> None:
         """Tell the other ranks that this one cannot go on."""
         with self._board.changed:

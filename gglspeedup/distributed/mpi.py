@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gglspeedup.arguments import check_flag
 from gglspeedup.distributed.communicator import (
     TIMEOUT_SECONDS,
     Communicator,
@@ -22,7 +23,8 @@ from gglspeedup.distributed.communicator import (
     name_ranks,
     offsets_of,
 )
-from gglspeedup.errors import MissingPackageError, explain
+from gglspeedup.errors import ArgumentTypeError, MissingPackageError, explain
+from gglspeedup.interchange import on_cuda
 
 _ALARM = 0  # the tag of a rank that cannot go on; other messages have a running number
 _TAGS = 32767  # what every MPI has
@@ -42,6 +44,8 @@ class MpiCommunicator(Communicator):
         By default ``MPI.COMM_WORLD``.
     timeout : float
         Seconds that a rank waits for another, however long it works meanwhile.
+    device_buffers : bool
+        Whether MPI is CUDA-aware, which it cannot be asked: then :meth:`exchange` takes and returns CuPy arrays, too.
 
     Raises
     ------
@@ -51,7 +55,10 @@ class MpiCommunicator(Communicator):
         Not all ranks made one.
     """
 
-    def __init__(self, comm: Any = None, *, timeout: float = TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, comm: Any = None, *, timeout: float = TIMEOUT_SECONDS, device_buffers: bool = False
+    ) -> None:  # fmt: skip
+        self.device_buffers = check_flag(device_buffers, "device_buffers")
         try:
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
@@ -60,6 +67,7 @@ class MpiCommunicator(Communicator):
         self._mpi = MPI
         whole = MPI.COMM_WORLD if comm is None else comm
         super().__init__(whole.Get_rank(), whole.Get_size(), timeout)
+        self.concurrent = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._failure: str | None = None
         self._turn = 0
         self._sent: list[Any] = []  # alarms on their way, with their buffers
@@ -68,6 +76,7 @@ class MpiCommunicator(Communicator):
         self._comm, request = whole.Idup()
         self.step = "the making of an MpiCommunicator"
         if self.size > 1:
+            _made.append(self)
             atexit.register(self.leave)
         self._wait(request.Test, lambda: None, lambda: "a rank")
         _unlink_segments()
@@ -75,9 +84,9 @@ class MpiCommunicator(Communicator):
     def exchange(self, rows: Any, send_counts: Sequence[int] | Ids, receive_counts: Sequence[int] | Ids) -> Any:
         """Send rows to all ranks and return theirs; see :class:`Communicator`."""
         self._check()
-        self._turn = self._turn % _TAGS + 1
         begins, ends = offsets_of(send_counts), offsets_of(receive_counts)
-        received = self._pool.empty((int(ends[-1]), *rows.shape[1:]), rows.dtype)
+        received = self._empty((int(ends[-1]), *rows.shape[1:]), rows)
+        self._turn = self._turn % _TAGS + 1
         width = rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
         sent, filled = _bytes(rows), _bytes(received)
         own = self.rank
@@ -96,26 +105,42 @@ class MpiCommunicator(Communicator):
             self._finish(ranks, requests)
         return received
 
+    def _empty(self, shape: tuple[int, ...], like: Any) -> Any:
+        """Return an array to receive into, of the dtype and in the memory of another, which is ready to be sent."""
+        if not on_cuda(like):
+            return self._pool.empty(shape, like.dtype)
+        if not self.device_buffers:
+            remedy = "copy them to the host, or pass device_buffers=True if this MPI is CUDA-aware"
+            raise ArgumentTypeError(explain("rows", "an array of the host", "one of a GPU", remedy))
+        import cupy
+
+        with like.device:
+            received = cupy.empty(shape, like.dtype)
+            cupy.cuda.get_current_stream().synchronize()  # MPI knows of no stream, and uses both at once
+        return received
+
     def _finish(self, ranks: list[int], requests: list[Any]) -> None:
         def missing() -> str:
             # `Testall` says nothing of the single ones.
             return name_ranks(sorted({r for r, request in zip(ranks, requests, strict=True) if not request.Test()}))
 
         try:
-            self._wait(lambda: self._mpi.Request.Testall(requests), self._hear, missing)
+            self._wait(lambda: self._mpi.Request.Testall(requests), self.heard, missing)
         except self._mpi.Exception as error:
             reason = f"MPI failed in {self.step} ({error}): another rank is in another call, or its node has failed"
             self.abort(reason)
             raise CommunicatorError(reason) from error
 
-    def _hear(self) -> str | None:
+    def heard(self) -> str | None:
         """Return what another rank has said of why it ends, None if none did."""
         status = self._mpi.Status()
-        if not self._comm.Iprobe(self._mpi.ANY_SOURCE, _ALARM, status):
+        # Matched, as a background thread may look at the same time.
+        found = self._comm.Improbe(self._mpi.ANY_SOURCE, _ALARM, status)
+        if found is None:
             return None
         rank = status.Get_source()
         message = bytearray(status.Get_count(self._mpi.BYTE))
-        self._comm.Recv([message, self._mpi.BYTE], rank, _ALARM)
+        found.Recv([message, self._mpi.BYTE])
         self._heard.add(rank)
         return f"rank {rank} gave up: {message.decode(errors='replace')}"
 
@@ -142,19 +167,23 @@ class MpiCommunicator(Communicator):
         if self._mpi.Is_finalized():
             return
         raised = getattr(sys, "last_value", None)
-        if self._failure is None and raised is not None:
-            self.abort(f"{type(raised).__name__}: {raised}")
+        if raised is not None:
+            for communicator in _made:  # other ranks may wait at any of them
+                communicator.abort(f"{type(raised).__name__}: {raised}")
         if self._failure is None:
             return
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         deadline = time.monotonic() + _GRACE_SECONDS
         while len(self._heard) < self.size - 1 and time.monotonic() < deadline:
-            if self._hear() is None:
+            if self.heard() is None:
                 time.sleep(0.01)
         print(f"rank {self.rank} ends: {self._failure}", file=sys.stderr, flush=True)
         self._mpi.COMM_WORLD.Abort(1)
         os._exit(1)  # should an MPI's Abort return
+
+
+_made: list[MpiCommunicator] = []  # of this process, which leaves all of them as it ends
 
 
 def _unlink_segments() -> None:

@@ -17,8 +17,8 @@ from gglspeedup.distributed.meta import Meta, Request, array_files, write_meta
 from gglspeedup.distributed.outputs import Outputs
 from gglspeedup.distributed.part import fingerprint
 from gglspeedup.distributed.part_file import WHOLE, ArrayFile
-from gglspeedup.distributed.progress import Progress
 from gglspeedup.errors import ArgumentValueError, explain
+from gglspeedup.progress import Progress
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,23 @@ from gglspeedup.sampler_cpu import Workspace as Workspace
 from gglspeedup.threads import announce_compilation, launching, numba
 
 Array = npt.NDArray[Any]
+
+_NO_IDS = np.empty(0, np.int64)
+
+
+class Source(NamedTuple):
+    """Where a rank takes rows of its part from.
+
+    Attributes
+    ----------
+    own : function
+        Of rows of this part: an array, and which of its rows they are; None for one after the other.
+    send : function
+        Of rows of this part: those rows, contiguous, of the dtype and shape that all ranks have.
+    """
+
+    own: Callable[[Ids], tuple[Array, Ids | None]]
+    send: Callable[[Ids], Array]
 
 
 class Cache:
@@ -68,59 +85,69 @@ class RowExchange:
         self._pool = BufferPool()
 
     def fetch(
-        self, step: str, n_id: Any, own: Callable[[Ids], tuple[Array, Ids | None]], send: Callable[[Ids], Array],
-        cache: Cache | None = None,
-    ) -> tuple[Array, Ids]:  # fmt: skip
-        """Return the rows of some nodes; collective.
+        self, step: str, n_ids: Sequence[Any], sources: Sequence[Source], cache: Cache | None = None
+    ) -> tuple[list[list[Array]], Ids]:  # fmt: skip
+        """Return the rows of some nodes, of several matrices at once; collective.
 
         Parameters
         ----------
         step : str
             What this is, in errors; the same on all ranks.
-        n_id : int array-like or tensor [n]
-            Nodes of the whole graph, also repeated; each rank has its own.
-        own : function
-            Of rows of this part: an array, and which of its rows they are; None for one after the other.
-        send : function
-            Of rows of this part: those rows, contiguous, of the dtype and shape that all ranks have.
+        n_ids : sequence of int array-like or tensor [n]
+            Lists of nodes of the whole graph, also repeated; each rank has its own, and any number of them. A node
+            that several lists have is asked for once.
+        sources : sequence of Source
+            A matrix each; the same ones on all ranks.
         cache : Cache, optional
-            Where to look before asking others.
+            Where to look before asking others, if there is one source.
 
         Returns
         -------
-        array [n, ...]
-            A buffer of its own, 64-byte aligned.
+        list of list of array [n, ...]
+            Of each list of nodes the rows of each source: buffers of their own, 64-byte aligned.
         int64 array [3]
-            How many of them are own, cached and remote.
+            How many of the nodes are own, cached and remote.
         """
         from gglspeedup.kernels import ranks_cpu as kernels
 
         announce_compilation(kernels.gather_mixed)
         collective, rank = self._collective, self._collective.rank
         plan: list[tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]] = []
+        lists: list[Ids] = []
 
         def ask() -> Ids:
-            ids = host_ids(n_id, "n_id")
-            check_range(ids, self._book.num_nodes, "n_id")
-            plan.append(self._plan(ids, cache))
+            for n_id in n_ids:
+                lists.append(host_ids(n_id, "n_id"))
+                check_range(lists[-1], self._book.num_nodes, "n_id")
+            plan.append(self._plan(lists[0] if len(lists) == 1 else np.concatenate([*lists, _NO_IDS]), cache))
             return plan[0][-1][:, None]
 
         asked = collective.counts(step, ask)[:, 0]
         ids, kind, place, sent, moved, counts = plan[0]
         wanted = collective.exchange("ids", sent, counts, asked).astype(np.int64, copy=False)
-        answer = send(self._book.rows_of(rank, wanted))
-        received = collective.exchange("rows", answer, asked, counts)
+        wanted = self._book.rows_of(rank, wanted)
+        answers = [source.send(wanted) for source in sources]
+        received = collective.exchange("rows", _beside(answers), asked, counts)
         mine = np.flatnonzero(kind == kernels.OWN)
-        source, rows = own(self._book.rows_of(rank, ids[mine]))
-        place[mine] = np.arange(len(mine)) if rows is None else rows
-        out = self._pool.empty((len(ids), *answer.shape[1:]), answer.dtype)
-        width = answer.itemsize * int(np.prod(answer.shape[1:], dtype=np.int64))
-        with launching():
-            kernels.gather_mixed(
-                kind, place, moved, source.ctypes.data, 0 if cache is None else cache.rows.ctypes.data,
-                received.ctypes.data, out.ctypes.data, width,
-            )  # fmt: skip
-        return out, np.bincount(kind, minlength=3)
+        own_rows = self._book.rows_of(rank, ids[mine])
+        bounds = offsets_of([len(nodes) for nodes in lists])
+        outs: list[list[Array]] = [[] for _ in lists]
+        begin = 0
+        for source, answer in zip(sources, answers, strict=True):
+            width = _row_bytes(answer)
+            theirs = received if len(sources) == 1 else np.ascontiguousarray(received[:, begin : begin + width])
+            begin += width
+            matrix, rows = source.own(own_rows)
+            place[mine] = np.arange(len(mine)) if rows is None else rows
+            for index, out in enumerate(outs):
+                first, last = bounds[index : index + 2]
+                out.append(self._pool.empty((int(last - first), *answer.shape[1:]), answer.dtype))
+                with launching():
+                    kernels.gather_mixed(
+                        kind[first:last], place[first:last], moved, matrix.ctypes.data,
+                        0 if cache is None else cache.rows.ctypes.data, theirs.ctypes.data, out[-1].ctypes.data, width,
+                    )  # fmt: skip
+        return outs, np.bincount(kind, minlength=3)
 
     def _plan(self, ids: Ids, cache: Cache | None) -> tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]:
         """Return the ids, where each row comes from, and the requests: nodes, by owner, where each is, and counts."""
@@ -142,6 +169,18 @@ class RowExchange:
         sent, moved = np.empty(found, self.id_dtype), space.array("moved", found, np.int64)
         kernels.order_requests(unique[:found], owner_of_unique[:found], offsets_of(counts)[:-1].copy(), sent, moved)
         return ids, kind, place, sent, moved, counts
+
+
+def _row_bytes(rows: Array) -> int:
+    return rows.itemsize * int(np.prod(rows.shape[1:], dtype=np.int64))
+
+
+def _beside(answers: Sequence[Array]) -> Array:
+    """Return rows of several matrices that stand in one message: those of a node side by side, as bytes."""
+    if len(answers) == 1:
+        return answers[0]
+    flat = [rows.reshape(-1).view(np.uint8).reshape(len(rows), _row_bytes(rows)) for rows in answers]
+    return np.concatenate(flat, axis=1)
 
 
 def book_of(part_or_book: GraphPart | PartBook) -> PartBook:

@@ -112,6 +112,11 @@ class DistSampler:
         self._batches = Batches(self._owner, self._collective)
 
     @property
+    def communicator(self) -> Communicator:
+        """That of all ranks."""
+        return self._collective.communicator
+
+    @property
     def sizes(self) -> tuple[int, ...] | None:
         """Fanouts, nearest the seeds first; -1 for all neighbours; None before :meth:`set_size`."""
         return self._sizes

@@ -84,7 +84,7 @@ class TorchCommunicator(Communicator):
         splits = [[width * int(count) for count in counts] for counts in (receive_counts, send_counts)]
         try:
             work = self._distributed.all_to_all_single(filled, sent, *splits, group=self._group, async_op=True)
-            self._wait(work.is_completed, self._alarm, self._missing)
+            self._wait(work.is_completed, self.heard, self._missing)
             work.wait()
         except RuntimeError as error:
             if isinstance(error, CommunicatorError):
@@ -92,7 +92,7 @@ class TorchCommunicator(Communicator):
             raise CommunicatorError(self._lost(_short(error))) from error
         return received
 
-    def _alarm(self) -> str | None:
+    def heard(self) -> str | None:
         """Return what another rank has said of why it ends, None if none did."""
         try:
             if not self._store.check([self._key("any")]):
@@ -116,7 +116,7 @@ class TorchCommunicator(Communicator):
     def _lost(self, error: str) -> str:
         """Return what to say of a connection that broke: which rank it was, and why, if it could say so."""
         reason = f"lost the connection to another rank in {self.step} ({error})"
-        said = self._alarm()
+        said = self.heard()
         self.abort(reason)
         if said is not None and "lost the connection" not in said:
             return said

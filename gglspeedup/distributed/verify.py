@@ -12,7 +12,7 @@ from gglspeedup import page_file
 from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.distributed.meta import Meta, read_meta
 from gglspeedup.distributed.part_file import CHECKED_BYTES, REMEDY, ArrayFile, check_file
-from gglspeedup.distributed.progress import Progress
+from gglspeedup.progress import Progress
 from gglspeedup.errors import PartFileError, explain
 from gglspeedup.threads import usable_cores
 

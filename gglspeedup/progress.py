@@ -1,4 +1,4 @@
-"""How far a long piece of work is: tqdm's bar of bytes if it is installed, else lines in the log."""
+"""How far a long piece of work is: tqdm's bar if it is installed, else lines in the log."""
 
 from __future__ import annotations
 
@@ -15,34 +15,43 @@ _LINE = 10  # seconds between two lines of the log
 
 
 class Progress:
-    """A context in which work of a number of bytes is done.
+    """A context in which an amount of work is done.
 
     Parameters
     ----------
     text : str
         What is done.
     total, done : int
-        Bytes in all, and of them those done before.
+        The amount in all, and of it that done before.
     shown : bool
         Whether to show anything.
+    unit : str
+        What is counted; bytes (``"B"``) are shown in KiB, MiB and so on.
+
+    Examples
+    --------
+    >>> with Progress("counting", 2, shown=False, unit="sheep") as progress:
+    ...     progress.add(2)
     """
 
-    def __init__(self, text: str, total: int, done: int = 0, shown: bool = True) -> None:
-        self._text, self._total, self._done, self._shown = text, total, done, shown
+    def __init__(self, text: str, total: int, done: int = 0, shown: bool = True, unit: str = "B") -> None:
+        self._text, self._total, self._done, self._shown, self._unit = text, total, done, shown, unit
         self._bar = None
         if shown and find_spec("tqdm") is not None:
             self._bar = import_module("tqdm").tqdm(
-                desc=text, total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024, delay=_QUIET
-            )
+                desc=text, total=total, initial=done, unit=unit, unit_scale=True,
+                unit_divisor=1024 if unit == "B" else 1000, delay=_QUIET,
+            )  # fmt: skip
         self._next_line = time.monotonic() + _LINE
 
     def add(self, count: int) -> None:
-        """Note that so many bytes more are done."""
+        """Note that so much more is done."""
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
         elif self._shown and time.monotonic() >= self._next_line:
-            logger.info("%s: %d of %d MiB", self._text, self._done >> 20, self._total >> 20)
+            shift, unit = (20, "MiB") if self._unit == "B" else (0, self._unit)
+            logger.info("%s: %d of %d %s", self._text, self._done >> shift, self._total >> shift, unit)
             self._next_line = time.monotonic() + _LINE
 
     def __enter__(self) -> Progress:
