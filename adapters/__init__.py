@@ -3,7 +3,8 @@
 Each has the same four functions: ``to_framework(array)`` makes a tensor of a NumPy or CuPy array, on the same device
 and in the same memory where the framework can take it; ``from_framework(tensor)`` goes the other way;
 ``current_stream()`` returns the CUDA stream that the framework works on in this thread, as a pointer, None if it has or
-tells none; ``sees_cuda(index)`` returns whether it can use that CUDA device.
+tells none; ``sees_cuda(index)`` returns whether it can use that CUDA device. Where a framework's allocator says what it
+has handed out on a CUDA device, there are ``bytes_in_use(index)``, ``peak_bytes(index)`` and ``restart_peak(index)``.
 """
 
 from __future__ import annotations

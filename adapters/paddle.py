@@ -58,3 +58,18 @@ def current_stream() -> int | None:
 def sees_cuda(index: int) -> bool:
     """Return whether this build of Paddle can use a CUDA device."""
     return bool(paddle.device.is_compiled_with_cuda()) and index < int(paddle.device.cuda.device_count())
+
+
+def bytes_in_use(index: int) -> int:
+    """Return the bytes that Paddle's allocator has handed out on a CUDA device."""
+    return int(paddle.device.cuda.memory_allocated(index))
+
+
+def peak_bytes(index: int) -> int:
+    """Return the most bytes that Paddle's allocator had handed out on a CUDA device since :func:`restart_peak`."""
+    return int(paddle.device.cuda.max_memory_allocated(index))
+
+
+def restart_peak(index: int) -> None:
+    """Let the peak of a CUDA device be what is in use now."""
+    paddle.device.cuda.reset_max_memory_allocated(index)

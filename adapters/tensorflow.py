@@ -76,3 +76,18 @@ def current_stream() -> int | None:
 def sees_cuda(index: int) -> bool:
     """Return whether this build of TensorFlow can use a CUDA device."""
     return index < len(tensorflow.config.list_physical_devices("GPU"))
+
+
+def bytes_in_use(index: int) -> int:
+    """Return the bytes that TensorFlow's allocator has handed out on a CUDA device."""
+    return int(tensorflow.config.experimental.get_memory_info(f"GPU:{index}")["current"])
+
+
+def peak_bytes(index: int) -> int:
+    """Return the most bytes that TensorFlow's allocator had handed out on a CUDA device since :func:`restart_peak`."""
+    return int(tensorflow.config.experimental.get_memory_info(f"GPU:{index}")["peak"])
+
+
+def restart_peak(index: int) -> None:
+    """Let the peak of a CUDA device be what is in use now."""
+    tensorflow.config.experimental.reset_memory_stats(f"GPU:{index}")

@@ -55,3 +55,18 @@ def current_stream() -> int | None:
 def sees_cuda(index: int) -> bool:
     """Return whether the active backend can use a CUDA device."""
     return _active().sees_cuda(index)
+
+
+def bytes_in_use(index: int) -> int:
+    """Return the bytes that the active backend's allocator has handed out on a CUDA device."""
+    return int(_active().bytes_in_use(index))
+
+
+def peak_bytes(index: int) -> int:
+    """Return the most bytes that the active backend's allocator had handed out since :func:`restart_peak`."""
+    return int(_active().peak_bytes(index))
+
+
+def restart_peak(index: int) -> None:
+    """Let the peak of a CUDA device be what is in use now."""
+    _active().restart_peak(index)

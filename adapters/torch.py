@@ -53,3 +53,19 @@ def current_stream() -> int | None:
 def sees_cuda(index: int) -> bool:
     """Return whether this build of torch can use a CUDA device."""
     return torch.version.cuda is not None and torch.cuda.is_available() and index < torch.cuda.device_count()
+
+
+def bytes_in_use(index: int) -> int:
+    """Return the bytes that torch's allocator has handed out on a CUDA device."""
+    return int(torch.cuda.memory_allocated(index))
+
+
+def peak_bytes(index: int) -> int:
+    """Return the most bytes that torch's allocator had handed out on a CUDA device since :func:`restart_peak`."""
+    return int(torch.cuda.max_memory_allocated(index))
+
+
+def restart_peak(index: int) -> None:
+    """Let the peak of a CUDA device be what is in use now."""
+    if torch.cuda.is_initialized():  # else there is nothing yet to count from, and torch refuses
+        torch.cuda.reset_peak_memory_stats(index)

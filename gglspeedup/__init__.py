@@ -10,11 +10,14 @@ from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph
 from gglspeedup.history.store import HistoryStore
+from gglspeedup.inference import layerwise_inference
 from gglspeedup.loader import NodeLoader
+from gglspeedup.memory_budget import MemoryBudget
 from gglspeedup.multigpufeature import Multi_CGPUFeature
 from gglspeedup.multigpusample import MultiGPUSampler
 from gglspeedup.partitions import partition, permute
 from gglspeedup.prefetcher import Prefetcher
+from gglspeedup.profiling import profile
 from gglspeedup.subgraphs import SubgraphLoader
 from gglspeedup.threads import set_num_threads
 
@@ -28,6 +31,7 @@ __all__ = [
     "GGLSpeedupError",
     "GPUSampler",
     "HistoryStore",
+    "MemoryBudget",
     "MultiGPUSampler",
     "Multi_CGPUFeature",
     "NodeLoader",
@@ -35,7 +39,9 @@ __all__ = [
     "Prefetcher",
     "SampledBatch",
     "SubgraphLoader",
+    "layerwise_inference",
     "partition",
     "permute",
+    "profile",
     "set_num_threads",
 ]

@@ -19,10 +19,12 @@ from gglspeedup.errors import DeviceError, explain
 from gglspeedup.kernels.bounds import MAX_BATCH
 from gglspeedup.prefetcher import Prefetcher
 from gglspeedup.side_stream import SideStream
+from gglspeedup.trace import CONVERSION, span
 
 Made = TypeVar("Made")
 
 _MAX_SEED = 1 << 64
+_STAGES = ("sampling", "gathering")  # what a profile calls them
 
 
 class EpochLoader(ABC, Generic[Made]):
@@ -118,20 +120,25 @@ class EpochLoader(ABC, Generic[Made]):
         epoch, self._epoch = self._epoch, self._epoch + 1
         if self.device.index is None:
             sampled: Any = partial(self._sample_all, epoch)
-            yield from self._convert_all(Prefetcher(sampled, self.prefetch, [self._gather]))
+            yield from self._convert_all(Prefetcher(sampled, self.prefetch, [self._gather], names=_STAGES))
             return
         gathering = SideStream(self.device.index)
         sampling = SideStream(self.device.index, gathering)
         sampled = partial(self._sample_on, epoch, sampling)
-        gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)])
+        gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)], names=_STAGES)
         yield from self._convert_all(self._handed_over(gathered, sampling, gathering))
 
     def _sample_all(self, epoch: int) -> Iterator[Any]:
         """Give what :meth:`_sample` makes of the items of each batch."""
+        for items, number in self._numbered(epoch):
+            yield self._sample(items, number)
+
+    def _numbered(self, epoch: int) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+        """Give the items of each batch, and its number."""
         order = self.order(epoch)
         for index in range(len(self)):
             items = order[index * self.batch_size : (index + 1) * self.batch_size]
-            yield self._sample(items, ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH)
+            yield items, ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
 
     def _sample_on(self, epoch: int, sampling: SideStream) -> Iterator[tuple[Any, Any]]:
         """Give what :meth:`_sample` makes on a stream, each with the mark at which it is whole."""
@@ -162,7 +169,8 @@ class EpochLoader(ABC, Generic[Made]):
         # In the reader's thread: a framework hands over to the stream that is current in a thread.
         adapter = import_module("gglspeedup.adapters").backend(self.backend)
         for loaded in batches:
-            batch = self._convert(loaded, adapter)
+            with span(CONVERSION):
+                batch = self._convert(loaded, adapter)
             del loaded
             yield batch
             del batch

@@ -19,6 +19,7 @@ from gglspeedup.interchange import integer_view, is_numeric
 from gglspeedup.memory import parse_size
 from gglspeedup.sharded_graph import as_any_graph
 from gglspeedup.tiers_cpu import HostTier, Tiers
+from gglspeedup.trace import watch
 
 Array = npt.NDArray[Any]
 
@@ -138,6 +139,7 @@ class CGPUFeature:
             They are not integers or not one-dimensional, or no features are loaded.
         """
         tiers, rows = self._loaded()
+        watch(self)
         return _of_dtype(tiers.gather(n_id), rows.dtype)
 
     def take(self, n_id: Any) -> Any:
@@ -159,6 +161,7 @@ class CGPUFeature:
             No features are loaded.
         """
         tiers, rows = self._loaded()
+        watch(self)
         return _of_dtype(tiers.take(n_id), rows.dtype)
 
     def _loaded(self) -> tuple[Tiers, Array]:

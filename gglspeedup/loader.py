@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.adjs import Adj, SampledBatch
+from gglspeedup.adjs import Adj
 from gglspeedup.arguments import check_count, check_range, check_sizes, check_unique, host_array, host_ids
+from gglspeedup.batch_fitter import BatchFitter, Part, check_policy
 from gglspeedup.device import Device, DeviceLike
 from gglspeedup.epochs import EpochLoader, device_for
 from gglspeedup.errors import ArgumentValueError, explain
@@ -19,6 +22,9 @@ from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import CSRGraph, GraphLike
 from gglspeedup.kernels.bounds import MAX_FANOUT, MAX_HOPS
+from gglspeedup.memory_budget import MemoryBudget, budget_of
+from gglspeedup.memory_meter import meter_for
+from gglspeedup.memory_watch import MemoryWatch
 from gglspeedup.sharded_graph import ShardedGraph, as_any_graph
 
 
@@ -40,6 +46,11 @@ class Batch:
         The number of seeds.
     batch : int
         The batch number that the draws were made with.
+    share : float
+        Which fraction of the seeds of its step it has: the weight of its mean loss. 1.0 unless a memory limit has split
+        the step.
+    last : bool
+        Whether the optimiser may step after it: False before other parts of the same step.
     """
 
     x: Any
@@ -48,6 +59,8 @@ class Batch:
     adjs: list[Adj]
     batch_size: int
     batch: int
+    share: float = 1.0
+    last: bool = True
 
     @property
     def seeds(self) -> Any:
@@ -58,7 +71,7 @@ class Batch:
 class _Loaded(NamedTuple):
     """A batch as arrays of the device."""
 
-    sampled: SampledBatch
+    part: Part
     x: Any
     y: Any
 
@@ -107,11 +120,16 @@ class NodeLoader(EpochLoader[Batch]):
     rank, world_size : int
         Which share of the seeds this process takes when several train together. Every rank gets the same number of
         batches; for that, up to ``world_size - 1`` seeds an epoch are visited twice.
+    memory_limit : int, float, str or MemoryBudget, optional
+        How much memory training may take, as ``"6.5G"``: of the process on the CPU, of the device on a GPU. See the
+        notes, and :class:`MemoryBudget` for other policies than splitting.
 
     Raises
     ------
     DeviceError
-        The CUDA device is not there, or the backend cannot use it.
+        The CUDA device is not there, or the backend cannot use it, or does not tell the peak that a limit needs.
+    MemoryLimitError
+        While iterating: the limit leaves no room for a single seed.
     MissingPackageError
         The backend is not installed.
     ArgumentTypeError, ArgumentValueError, ArgumentIndexError
@@ -121,6 +139,14 @@ class NodeLoader(EpochLoader[Batch]):
     -----
     Every iterator takes the next epoch, from 0, with its first batch; :meth:`set_epoch` says which comes next. Loaders
     may be pickled into spawned processes, and several iterators of one may be open at once.
+
+    With a memory limit, a step whose batch would exceed it comes in several parts: batches of their own, one after the
+    other, with the neighbourhoods that their seeds have in the whole. ``len(loader)`` stays the number of steps. A loop
+    that is right with and without: ``(loss_of(batch) * batch.share).backward()``, and then ``if batch.last:
+    optimizer.step(); optimizer.zero_grad()``, where ``loss_of`` is the mean over the batch's seeds. Gradients are then
+    those of the whole up to rounding, except for layers that look at other seeds or draw random numbers (batch
+    normalisation, dropout). The limit is kept for the loop that reads the loader: a batch counts until the next one is
+    asked for. What is done depends on measurements; with ``MemoryBudget(model=..., learn=False)`` it does not.
 
     Examples
     --------
@@ -140,8 +166,10 @@ class NodeLoader(EpochLoader[Batch]):
         shuffle: bool = True, drop_last: bool = False, device: DeviceLike = "auto", cache: int | float | str = "0",
         backend: str = "numpy", seed: int = 0, prefetch: int = 2, replace: bool = False, expand: str = "layer",
         placement: str = "auto", policy: Any = "degree", rank: int = 0, world_size: int = 1,
+        memory_limit: int | float | str | MemoryBudget | None = None,
     ) -> None:  # fmt: skip
         self.sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+        self.memory_budget = budget_of(memory_limit)
         graph = csr.graph if isinstance(csr, GPUSampler) else as_any_graph(csr)
         super().__init__(
             seed_ids(seeds, graph.num_nodes), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last,
@@ -154,9 +182,26 @@ class NodeLoader(EpochLoader[Batch]):
         self.features = rows_of(graph, self.device, x, "x", cache, policy)
         # Labels are read once an epoch each: a GPU reads them in host memory.
         self.labels = rows_of(graph, self.device, y, "y", 0, "degree")
+        self._watch = self._watched()
+
+    def _watched(self) -> MemoryWatch | None:
+        """Return what measures batches for the memory budget, None without one."""
+        budget = self.memory_budget
+        if budget is None:
+            return None
+        check_policy(budget.policy, self.graph_sampler.graph)
+        meter = meter_for(self.device, self.backend)
+        in_use = meter.in_use()
+        budget.prepare(len(self.sizes), in_use)
+        if in_use >= budget.limit:
+            needs = f"more than the {in_use} bytes that are in use before training"
+            raise ArgumentValueError(explain("memory_limit", needs, budget.limit, "raise the limit"))
+        return MemoryWatch(budget, meter)
 
     def evaluation(self, seeds: Any, *, sizes: Any = None, batch_size: int | None = None) -> NodeLoader:
         """Return a loader over other seeds, in their order, that shares graph, features and labels with this one.
+
+        It has the same memory limit, and learns by itself what its batches take.
 
         Parameters
         ----------
@@ -181,18 +226,42 @@ class NodeLoader(EpochLoader[Batch]):
         other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
         other.shuffle = other.drop_last = False
         other._epoch = 0
+        if self.memory_budget is not None:
+            other.memory_budget = self.memory_budget.renewed()
+            other._watch = other._watched()
         return other
 
-    def _sample(self, items: npt.NDArray[np.int64], number: int) -> SampledBatch:
-        return self.graph_sampler.sample(items, number, sizes=self.sizes)
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        finally:
+            if self._watch is not None:
+                self._watch.end()
 
-    def _gather(self, sampled: SampledBatch) -> _Loaded:
-        x = None if self.features is None else self.features.take(sampled.n_id)
-        y = None if self.labels is None else self.labels.take(sampled.seeds)
-        return _Loaded(sampled, x, y)
+    def _sample_all(self, epoch: int) -> Iterator[Part]:
+        if self._watch is None or self.memory_budget is None:
+            yield from super()._sample_all(epoch)
+            return
+        fitter = BatchFitter(
+            self.memory_budget, self.graph_sampler, self.sizes, row_bytes=(_row_bytes(self.features),
+            _row_bytes(self.labels)), depth=self.prefetch + 2, watch=self._watch,
+        )  # fmt: skip
+        for items, number in self._numbered(epoch):
+            yield from fitter.fit(items, number)
+
+    def _sample(self, items: npt.NDArray[np.int64], number: int) -> Part:
+        return Part(self.graph_sampler.sample(items, number, sizes=self.sizes))
+
+    def _gather(self, part: Part) -> _Loaded:
+        x = None if self.features is None else self.features.take(part.sampled.n_id)
+        y = None if self.labels is None else self.labels.take(part.sampled.seeds)
+        return _Loaded(part, x, y)
 
     def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
-        sampled, x, y = loaded
+        part, x, y = loaded
+        if self._watch is not None and part.load is not None:
+            self._watch.hand_out(part.load, part.predicted)
+        sampled = part.sampled
         return Batch(
             None if x is None else adapter.to_framework(x),
             None if y is None else adapter.to_framework(y),
@@ -200,6 +269,8 @@ class NodeLoader(EpochLoader[Batch]):
             [adj.convert(self.backend) for adj in sampled.adjs],
             sampled.batch_size,
             sampled.batch,
+            part.share,
+            part.last,
         )
 
     def __repr__(self) -> str:
@@ -207,6 +278,10 @@ class NodeLoader(EpochLoader[Batch]):
             f"NodeLoader({len(self._items)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
             f"{len(self)} batches, device={str(self.device)!r}, backend={self.backend!r})"
         )
+
+
+def _row_bytes(rows: CGPUFeature | None) -> int:
+    return 0 if rows is None else rows.dtype.itemsize * math.prod(rows.shape[1:])
 
 
 def seed_ids(seeds: Any, num_nodes: int) -> npt.NDArray[np.int64]:

@@ -6,6 +6,7 @@ import collections
 import math
 import re
 import threading
+import weakref
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 
 ALIGNMENT = 64
 _MOST_BUFFERS = 64
+_POOLS: weakref.WeakSet[BufferPool] = weakref.WeakSet()
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -49,6 +51,12 @@ def aligned_empty(num_bytes: int) -> npt.NDArray[np.uint8]:
     raw = np.empty(num_bytes + ALIGNMENT, np.uint8)
     offset = -raw.ctypes.data % ALIGNMENT
     return raw[offset : offset + num_bytes]
+
+
+def release_buffers() -> None:
+    """Free the buffers of all pools that no array uses."""
+    for pool in list(_POOLS):
+        pool.release()
 
 
 class AliasedArray:
@@ -102,6 +110,7 @@ class BufferPool:
         # here, where appending needs none, until the next call sorts them in.
         self._returned: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
         self._lock = threading.Lock()
+        _POOLS.add(self)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
@@ -127,8 +136,7 @@ class BufferPool:
         step = max(4096, 1 << max(0, need.bit_length() - 4))
         size = -(-max(need, 1) // step) * step
         with self._lock:
-            while self._returned:
-                self._free.append(self._returned.popleft())
+            self._sort_in()
             fitting = [buffer for buffer in self._free if size <= buffer.size <= 2 * size]
             found = min(fitting, key=len, default=None)
             if found is not None:
@@ -136,6 +144,16 @@ class BufferPool:
             while len(self._free) > _MOST_BUFFERS or sum(map(len, self._free)) > self.limit:
                 self._free.pop(0)
         return aligned_empty(size) if found is None else found
+
+    def _sort_in(self) -> None:
+        while self._returned:
+            self._free.append(self._returned.popleft())
+
+    def release(self) -> None:
+        """Free the buffers that no array uses."""
+        with self._lock:
+            self._sort_in()
+            self._free = []
 
     def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
         """Take a buffer that no array uses any more."""

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from gglspeedup.arguments import check_count
-from gglspeedup.errors import ArgumentTypeError, explain
+from gglspeedup.device import DeviceLike, parse_device
+from gglspeedup.device_copies import DeviceCopies
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.prefetch import Prefetched
+from gglspeedup.trace import Made, Read, span
 
 Stage = Callable[[Any], Any]
 
@@ -30,10 +33,18 @@ class Prefetcher:
         when it is asked for, without a thread.
     stages : sequence of callables
         Each takes what the one before it returned, such as a batch of the iterable, and returns what the next one
-        takes: gathering, conversion, the copy to a device. A stage is called by one thread at a time.
+        takes: gathering, conversion, augmentation. A stage is called by one thread at a time.
+    device : str or int
+        A GPU to which a last stage copies the batches' tensors, on a stream of its own: those of any framework (NumPy's
+        become CuPy's) in dicts, lists, tuples, dataclasses and PyG's data objects. ``"cpu"`` leaves batches as they
+        are.
+    names : sequence of str, optional
+        What a profile calls the iteration and each of the stages; by default ``"iteration"`` and names of functions.
 
     Raises
     ------
+    DeviceError
+        The device is not there; with the first batch, that a framework of its tensors cannot use it.
     ArgumentTypeError, ArgumentValueError
         An argument cannot be used; the message names it.
 
@@ -62,8 +73,9 @@ class Prefetcher:
     """
 
     def __init__(
-        self, iterable: Iterable[Any] | Callable[[], Iterable[Any]], depth: int = 2, stages: Sequence[Stage] = ()
-    ) -> None:
+        self, iterable: Iterable[Any] | Callable[[], Iterable[Any]], depth: int = 2, stages: Sequence[Stage] = (), *,
+        device: DeviceLike = "cpu", names: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
         if isinstance(iterable, Iterator):
             remedy = "pass the function that makes it, as in Prefetcher(batches) instead of Prefetcher(batches())"
             raise ArgumentTypeError(
@@ -72,8 +84,10 @@ class Prefetcher:
         if not _can_iterate(iterable) and not callable(iterable):
             remedy = "pass a loader, a list or a generator function"
             raise ArgumentTypeError(explain("iterable", "an iterable or a callable", repr(iterable), remedy))
+        self.device = parse_device(device)
         self.depth = check_count(depth, "depth", 0)
         self.stages = _checked(stages)
+        self.names = _names(self.stages) if names is None else _checked_names(names, len(self.stages))
         self.iterable = iterable
 
     def __len__(self) -> int:
@@ -82,9 +96,22 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, so that an iterator that nobody reads from starts no thread.
-        batches: Any = self._ahead(_started(self.iterable))
-        for stage in self.stages:
-            batches = self._ahead(_applied(stage, batches))
+        if self.device.index is None:
+            yield from self._staged(self.stages, self.names)
+            return
+        copies = DeviceCopies(self.device.index)
+        for copied in self._staged((*self.stages, copies.start), (*self.names, "copying")):
+            batch = copies.finish(copied)  # in the reader's thread, to the streams that are current there
+            del copied
+            yield batch
+            del batch
+
+    def _staged(self, stages: Sequence[Stage], names: Sequence[str]) -> Iterator[Any]:
+        """Give what the last of some stages makes of the batches."""
+        batches: Any = self._ahead(_started(self.iterable, names[0]))
+        for stage, name in zip(stages, names[1:], strict=True):
+            batches = self._ahead(_applied(stage, batches, name))
+        batches = Read(batches)
         try:
             yield from batches
         finally:
@@ -113,18 +140,38 @@ def _checked(stages: Any) -> tuple[Stage, ...]:
     return checked
 
 
-def _started(iterable: Any) -> Iterator[Any]:
+def _names(stages: Sequence[Stage]) -> tuple[str, ...]:
+    """Return what a profile calls the iteration, and stages by their place and, if they have one, their name."""
+    names = [getattr(stage, "__name__", type(stage).__name__) for stage in stages]
+    return ("iteration", *(f"stage {place}: {name}" for place, name in enumerate(names, 1)))
+
+
+def _checked_names(names: Any, stages: int) -> tuple[str, ...]:
+    remedy = "leave names out"
+    if isinstance(names, str) or not _can_iterate(names):
+        raise ArgumentTypeError(explain("names", "a sequence of texts", repr(names), remedy))
+    checked = tuple(names)
+    if len(checked) != stages + 1 or not all(isinstance(name, str) for name in checked):
+        needs = f"{stages + 1} texts, for the iteration and each stage"
+        raise ArgumentValueError(explain("names", needs, repr(checked), remedy))
+    return checked
+
+
+def _started(iterable: Any, name: str) -> Iterator[Any]:
     """Give the batches; even starting the iterable, which may take long, is left to the thread that reads from here."""
-    yield from iterable if _can_iterate(iterable) else iterable()
+    yield from Made(name, iter(iterable if _can_iterate(iterable) else iterable()))
 
 
-def _applied(stage: Stage, batches: Any) -> Iterator[Any]:
+def _applied(stage: Stage, batches: Any, name: str) -> Iterator[Any]:
     """Give what a stage makes of batches."""
+    index = 0
     try:
         for batch in batches:
-            made = stage(batch)
+            with span(name, index):
+                made = stage(batch)
             del batch
             yield made
             del made  # a thread that waits for room holds no batch
+            index += 1
     finally:
         batches.close()

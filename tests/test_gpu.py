@@ -18,6 +18,7 @@ from gglspeedup import (
     Multi_CGPUFeature,
     MultiGPUSampler,
     NodeLoader,
+    Prefetcher,
     peer_gpu,
 )
 from gglspeedup.device import cuda_problem
@@ -281,3 +282,18 @@ def test_spawned_processes_read_the_shards_of_their_parent(graph):
             process.join(20)
             process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_a_prefetcher_copies_batches(framework):
+    torch = pytest.importorskip("torch", reason="torch is not installed on this GPU machine")
+    batches = [{"x": np.full((1000, 64), k, np.float32), "parts": [np.arange(k + 1)], "size": k} for k in range(30)]
+    if framework == "torch":
+        batches = [{**b, "x": torch.from_numpy(b["x"]), "parts": [torch.from_numpy(b["parts"][0])]} for b in batches]
+    busy = torch.randn(3000, 3000, device="cuda")
+    sums = []
+    for batch in Prefetcher(batches, 4, device=0):
+        for _ in range(10 if framework == "torch" else 0):
+            busy = busy @ busy / 3000  # queued before the sum, it keeps the stream behind the host
+        sums.append((batch["x"].sum(), batch["parts"][0].sum(), batch["size"]))
+    assert [tuple(map(float, row)) for row in sums] == [(k * 64_000, k * (k + 1) / 2, k) for k in range(30)]

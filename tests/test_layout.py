@@ -11,8 +11,9 @@ PACKAGE = Path(gglspeedup.__file__).parent
 
 # A module may import those of earlier lines, and of its own.
 LAYERS = [
-    ["errors", "__init__"],
-    ["threads", "device", "memory", "interchange", "arguments", "prefetch", "side_stream"],
+    ["errors", "__init__", "trace"],
+    ["threads", "device", "memory", "interchange", "arguments", "prefetch", "side_stream", "progress"],
+    ["device_copies"],
     ["prefetcher", "evaluator_process"],
     ["evaluator_desk"],
     ["evaluator"],
@@ -32,11 +33,21 @@ LAYERS = [
     ["hot_order"],
     ["gpufeature"],
     ["multigpufeature"],
+    ["memory_meter", "memory_model", "edge_cut"],
+    ["memory_budget"],
+    ["memory_watch"],
+    ["batch_fitter"],
     ["epochs"],
     ["loader"],
     ["subgraphs"],
     ["history"],
     ["distributed"],
+    ["span_times"],
+    ["profile_summary"],
+    ["profile_table", "trace_file", "timeline"],
+    ["profiling"],
+    ["inference_tables"],
+    ["inference"],
     ["info"],
     ["__main__"],
 ]

@@ -573,7 +573,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_progress_is_shown(tmp_path, monkeypatch, capsys, caplog):
-    from gglspeedup.distributed import progress
+    from gglspeedup import progress
 
     monkeypatch.setattr(progress, "_QUIET", 0)
     written(tmp_path / "bar", progress=True)
