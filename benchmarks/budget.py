@@ -125,6 +125,7 @@ def peaks(options: argparse.Namespace) -> dict[str, Any]:
         _peak_row(order, "none", free, above, seen)
         kept, seen = run_alone(case, limit, options.batches, options.threads)
         results[order]["limited"] = kept["stats"]
+        results[order]["above"] = [record for record in kept["records"] if record[1] > limit]
         _peak_row(order, f"{limit / 1e6:.0f}", kept, kept["stats"]["over"], seen)
     return results
 

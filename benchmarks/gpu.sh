@@ -38,6 +38,20 @@ status=0
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
     echo
+    echo "## Under compute-sanitizer"
+    echo
+    echo '```'
+    if command -v compute-sanitizer > /dev/null; then
+        for tool in memcheck racecheck; do
+            echo "$tool:"
+            timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" -m benchmarks.small 2>&1 | tail -5
+            [ "${PIPESTATUS[0]}" = 0 ] || status=1
+        done
+    else
+        echo "this machine has none"
+    fi
+    echo '```'
+    echo
     echo "## Sampling"
     echo
     timeout 120 "$python" -m benchmarks.sampling --device cuda:0 --peers --graphs products --rounds 5 --batches 50 \

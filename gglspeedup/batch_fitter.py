@@ -173,7 +173,8 @@ class BatchFitter:
     def _single(self, part: Part, verdict: Verdict) -> Part:
         """Return a seed that may be too large alone, as it can be trained on."""
         limit, seed = self._budget.limit, int(part.sampled.seeds[0])
-        if verdict.expected <= limit and (not verdict.over or self._gains_little(part, verdict)):
+        little = verdict.expected - verdict.fixed < _LITTLE * verdict.expected  # what is in use anyway is the rest
+        if verdict.expected <= limit and (not verdict.over or little):
             return part
         smaller, cut = self._cut(part.sampled)
         if cut.expected > limit:
@@ -187,10 +188,6 @@ class BatchFitter:
                 "are not exact; MemoryBudget.stats() says how many seeds have", stacklevel=2,
             )  # fmt: skip
         return smaller
-
-    def _gains_little(self, part: Part, verdict: Verdict) -> bool:
-        """Return whether what is in use anyway is all but everything that a seed is expected to take."""
-        return part.load is not None and self._budget.variable(part.load) < _LITTLE * verdict.expected
 
     def _edge_importance(self) -> Importance:
         if self._importance is None:

@@ -35,6 +35,8 @@ class Verdict(NamedTuple):
     ----------
     expected, upper : float
         The predicted peak, without and with its margin.
+    fixed : float
+        What of the expected peak is not the batch's.
     fits : bool
         Whether it may be trained on as it is.
     over : bool
@@ -45,6 +47,7 @@ class Verdict(NamedTuple):
 
     expected: float
     upper: float
+    fixed: float
     fits: bool
     over: bool
     scale: float
@@ -162,17 +165,18 @@ class MemoryBudget:
             if not model.count:
                 used = in_use()
                 scale = (self.limit - used) / (_FIRST_TIMES * max(load.own, 1))
-                return Verdict(used + load.own, used + _FIRST_TIMES * load.own, scale >= 1, False, scale)
+                return Verdict(used + load.own, used + _FIRST_TIMES * load.own, used, scale >= 1, False, scale)
             expected, margin, fixed = model.predict(load), model.margin(load), model.fixed(load)
             reach = model.reach(load) if self.learn else 0.0
-        upper = expected + margin
-        scale = (self.limit * expected / max(upper, 1.0) - fixed) / max(expected - fixed, 1.0)
+        # However large errors were, half of the room is for batches: else they would shrink to single seeds.
+        upper = expected + min(margin, max(self.limit - fixed, 0.0) / 2)
+        scale = (self.limit - (upper - expected) - fixed) / max(expected - fixed, 1.0)
         scale = min(scale, _GROWTH / reach) if reach else scale
         proven = reach <= _GROWTH
         # Beyond what was seen a prediction is good enough to say that a batch is too large, if it is so without the
         # margin as well.
         over = upper > self.limit and (proven or (model.count >= _ENOUGH and expected > self.limit))
-        return Verdict(expected, upper, proven and upper <= self.limit, over, scale)
+        return Verdict(expected, upper, fixed, proven and upper <= self.limit, over, scale)
 
     def measured(self, load: BatchLoad, predicted: float, peak: int, exact: bool) -> None:
         """Take what a batch took at most, in bytes, and whether that was all its own, or perhaps less was."""

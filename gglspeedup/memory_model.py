@@ -27,7 +27,7 @@ _FADED = 0.05
 _KEPT_ERRORS = 128
 _RIDGE = 1e-9
 # What a margin is at least, of all memory; and before there are errors to go by, of that which depends on the batch.
-_LEAST_MARGIN, _EARLY_MARGIN = 0.03, 0.5
+_LEAST_MARGIN, _EARLY_MARGIN = 0.05, 0.5
 
 
 class MemoryModelFileError(ArgumentValueError):

@@ -23,7 +23,7 @@ GRAPH = random_graph(RNG, 400, 12, hub=300)
 X = RNG.random((400, 7), dtype=np.float32)
 Y = RNG.integers(0, 5, 400)
 SEEDS = RNG.permutation(400)[:101]
-BASE, NODE, EDGE = 1 << 40, 1 << 20, 1 << 16  # far above what this process takes, so that it does not matter
+BASE, NODE, EDGE = 1 << 34, 1 << 30, 1 << 26  # far above what this process takes, so that it does not matter
 
 
 def known_model(base: int = BASE) -> MemoryModel:
@@ -43,7 +43,7 @@ def peak_of(batch) -> int:
 
 def limit_for(nodes: int) -> int:
     """A limit that holds batches of about so many nodes."""
-    return int((BASE + nodes * (NODE + 2 * EDGE)) * 1.03) + 1
+    return int((BASE + nodes * (NODE + 2 * EDGE)) * 1.05) + 1
 
 
 def budget(nodes: int, **options) -> MemoryBudget:
@@ -91,7 +91,7 @@ def test_a_step_is_split_into_parts_that_fit(prefetch):
         assert [part.last for part in step] == [False] * (len(step) - 1) + [True]
         for part in step:
             assert part.share == part.batch_size / batch.batch_size and part.batch == batch.batch
-            assert peak_of(part) <= limited.memory_budget.limit / 1.03
+            assert peak_of(part) <= limited.memory_budget.limit / 1.05
             # The same neighbourhoods: what the sampler gives for these seeds under the step's number.
             n_id, adjs = GPUSampler("cpu", GRAPH, [4, 3]).sample(part.seeds, batch.batch)
             np.testing.assert_array_equal(part.n_id, n_id)
@@ -141,7 +141,7 @@ def test_edges_are_cut(policy):
     lost = 0
     for cut, batch in zip(batches, whole, strict=True):
         assert cut.seeds.tolist() == batch.seeds.tolist() and cut.share == 1.0 and cut.last
-        assert peak_of(cut) <= limited.memory_budget.limit / 1.03 + EDGE
+        assert peak_of(cut) <= limited.memory_budget.limit / 1.05 + EDGE
         np.testing.assert_array_equal(cut.x, X[cut.n_id])
         rows = neighbours(batch.adjs[-1], batch.n_id)
         for node, row in neighbours(cut.adjs[-1], cut.n_id).items():
@@ -157,7 +157,7 @@ def test_neighbours_are_drawn_again():
     again = [batch for batch, plain in zip(batches, whole, strict=True) if batch.batch != plain.batch]
     assert len(again) == stats["resampled"]
     for batch in again:
-        assert peak_of(batch) <= limited.memory_budget.limit / 1.03 and batch.share == 1.0
+        assert peak_of(batch) <= limited.memory_budget.limit / 1.05 and batch.share == 1.0
         sampler = GPUSampler("cpu", GRAPH)
         candidates = [[4, 3], [2, 1], [1, 1]]
         made = [sampler.sample(batch.seeds, batch.batch, sizes=sizes).n_id.tolist() for sizes in candidates]
@@ -240,7 +240,7 @@ def test_learning_begins_with_small_parts(monkeypatch):
 def test_learning_keeps_a_limit(monkeypatch):
     meter = FakeMeter()
     monkeypatch.setattr("gglspeedup.loader.meter_for", lambda device, backend: meter)
-    limit = int((FakeMeter.base + 110 * FakeMeter.node) * 1.03)
+    limit = int((FakeMeter.base + 110 * FakeMeter.node) * 1.05)
     made = loader(memory_limit=MemoryBudget(limit), prefetch=0, batch_size=40)
     for _ in range(12):
         for batch in made:
@@ -298,7 +298,7 @@ def test_a_process_may_have_more_in_use_than_the_one_that_a_model_was_fitted_in(
             meter.train(batch)
     made.memory_budget.save(tmp_path / "model")
     meter.base = FakeMeter.base + 300 * FakeMeter.node
-    limit = int((meter.base + 110 * FakeMeter.node) * 1.03)
+    limit = int((meter.base + 110 * FakeMeter.node) * 1.05)
     again = loader(memory_limit=MemoryBudget(limit, model=tmp_path / "model"), prefetch=0)
     for _ in range(10):
         for batch in again:

@@ -48,8 +48,9 @@ class Communicator(ABC):
     CommunicatorError if another rank dies, gives up, or does not come within `timeout`; after that none may be called.
     Used as ``with communicator:``, it tells the other ranks of an exception that leaves the block.
 
-    An engine whose peers read device memory may take and return arrays of the device in :meth:`exchange`: counts and
-    messages stay on the host. NcclCommunicator does, and MpiCommunicator if it is told to; the others take NumPy's.
+    An engine whose peers read device memory may take and return arrays of the device in :meth:`exchange`, and says so
+    by `device_buffers`: counts and messages stay on the host. NcclCommunicator does, and MpiCommunicator if it is told
+    to; the others take NumPy's.
 
     Attributes
     ----------
@@ -61,9 +62,15 @@ class Communicator(ABC):
         What errors say that this rank was doing; set by those who call.
     concurrent : bool
         Whether a thread may use it while other threads use other communicators.
+    device_buffers : bool
+        Whether :meth:`exchange` takes CuPy arrays as well.
+    device_index : int or None
+        The one CUDA device whose arrays it takes, if it takes no others.
     """
 
     concurrent = True
+    device_buffers = False
+    device_index: int | None = None
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, checked_timeout(timeout)

@@ -9,7 +9,7 @@ import numpy as np
 
 from gglspeedup.distributed.collective import Collective
 from gglspeedup.distributed.communicator import Communicator, CommunicatorError, Ids, offsets_of
-from gglspeedup.errors import MissingPackageError, explain
+from gglspeedup.errors import MissingPackageError, cuda_failures, explain
 from gglspeedup.interchange import on_cuda
 
 
@@ -28,11 +28,15 @@ class NcclCommunicator(Communicator):
     ------
     MissingPackageError
         CuPy or NCCL is not installed; the other ranks raise RankError.
+    DeviceError
+        There is no GPU; the other ranks raise RankError.
     RankError
         Ranks have different versions of NCCL.
     CommunicatorError
         NCCL could not connect the GPUs, or a rank has died or did not come.
     """
+
+    device_buffers = True
 
     def __init__(self, host: Communicator) -> None:
         collective = Collective(host)
@@ -44,6 +48,8 @@ class NcclCommunicator(Communicator):
 
         def load() -> Ids:
             self._cupy, self._nccl = _packages()
+            with cuda_failures(0):
+                self.device_index = int(self._cupy.cuda.Device().id)
             if host.rank == 0:
                 unique = self._nccl.get_unique_id()  # bytes; a tuple in older versions of CuPy
                 name.update(bytes=isinstance(unique, bytes), parts=list(unique))

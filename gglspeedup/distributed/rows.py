@@ -39,6 +39,38 @@ class Source(NamedTuple):
     send: Callable[[Ids], Array]
 
 
+class Asked(NamedTuple):
+    """What this rank wants of the others and they of it, once they have told each other.
+
+    Attributes
+    ----------
+    bounds : int64 array [lists + 1]
+        Where each list of nodes begins in what follows.
+    ids, kind, place : array [n]
+        The nodes; which of own, cached and remote each is, as `kernels.ranks_cpu` numbers them; its cell in the cache,
+        or its place among the requests. They are scratch memory, which the next request overwrites.
+    moved : int64 array [requests]
+        Where in the answers that of each request is.
+    wanted : int64 array
+        The rows of this part that others want, by rank.
+    sends, gets : int64 array [size]
+        How many rows each rank is sent, and sends.
+    """
+
+    bounds: Ids
+    ids: Ids
+    kind: npt.NDArray[np.uint8]
+    place: Ids
+    moved: Ids
+    wanted: Ids
+    sends: Ids
+    gets: Ids
+
+    def served(self) -> Ids:
+        """Return how many of the nodes are own, cached and remote, int64 [3]."""
+        return np.bincount(self.kind, minlength=3)
+
+
 class Cache:
     """Copies of rows that other ranks own.
 
@@ -47,7 +79,7 @@ class Cache:
     nodes : int64 array [n]
         Unique.
     rows : C-contiguous array [n, ...]
-        Theirs.
+        Theirs, of the host or of a device.
     """
 
     def __init__(self, nodes: Ids, rows: Array) -> None:
@@ -111,6 +143,32 @@ class RowExchange:
         from gglspeedup.kernels import ranks_cpu as kernels
 
         announce_compilation(kernels.gather_mixed)
+        asked = self.ask(step, n_ids, cache)
+        _, ids, kind, place, moved, wanted, sends, gets = asked
+        answers = [source.send(wanted) for source in sources]
+        received = self._collective.exchange("rows", _beside(answers), sends, gets)
+        mine = np.flatnonzero(kind == kernels.OWN)
+        own_rows = self._book.rows_of(self._collective.rank, ids[mine])
+        outs: list[list[Array]] = [[] for _ in n_ids]
+        begin = 0
+        for source, answer in zip(sources, answers, strict=True):
+            width = _row_bytes(answer)
+            theirs = received if len(sources) == 1 else np.ascontiguousarray(received[:, begin : begin + width])
+            begin += width
+            matrix, rows = source.own(own_rows)
+            place[mine] = np.arange(len(mine)) if rows is None else rows
+            for index, out in enumerate(outs):
+                first, last = asked.bounds[index : index + 2]
+                out.append(self._pool.empty((int(last - first), *answer.shape[1:]), answer.dtype))
+                with launching():
+                    kernels.gather_mixed(
+                        kind[first:last], place[first:last], moved, matrix.ctypes.data,
+                        0 if cache is None else cache.rows.ctypes.data, theirs.ctypes.data, out[-1].ctypes.data, width,
+                    )  # fmt: skip
+        return outs, asked.served()
+
+    def ask(self, step: str, n_ids: Sequence[Any], cache: Cache | None) -> Asked:
+        """Tell each rank which of its rows are wanted; collective. The arguments are those of :meth:`fetch`."""
         collective, rank = self._collective, self._collective.rank
         plan: list[tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]] = []
         lists: list[Ids] = []
@@ -126,28 +184,7 @@ class RowExchange:
         ids, kind, place, sent, moved, counts = plan[0]
         wanted = collective.exchange("ids", sent, counts, asked).astype(np.int64, copy=False)
         wanted = self._book.rows_of(rank, wanted)
-        answers = [source.send(wanted) for source in sources]
-        received = collective.exchange("rows", _beside(answers), asked, counts)
-        mine = np.flatnonzero(kind == kernels.OWN)
-        own_rows = self._book.rows_of(rank, ids[mine])
-        bounds = offsets_of([len(nodes) for nodes in lists])
-        outs: list[list[Array]] = [[] for _ in lists]
-        begin = 0
-        for source, answer in zip(sources, answers, strict=True):
-            width = _row_bytes(answer)
-            theirs = received if len(sources) == 1 else np.ascontiguousarray(received[:, begin : begin + width])
-            begin += width
-            matrix, rows = source.own(own_rows)
-            place[mine] = np.arange(len(mine)) if rows is None else rows
-            for index, out in enumerate(outs):
-                first, last = bounds[index : index + 2]
-                out.append(self._pool.empty((int(last - first), *answer.shape[1:]), answer.dtype))
-                with launching():
-                    kernels.gather_mixed(
-                        kind[first:last], place[first:last], moved, matrix.ctypes.data,
-                        0 if cache is None else cache.rows.ctypes.data, theirs.ctypes.data, out[-1].ctypes.data, width,
-                    )  # fmt: skip
-        return outs, np.bincount(kind, minlength=3)
+        return Asked(offsets_of([len(nodes) for nodes in lists]), ids, kind, place, moved, wanted, asked, counts)
 
     def _plan(self, ids: Ids, cache: Cache | None) -> tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]:
         """Return the ids, where each row comes from, and the requests: nodes, by owner, where each is, and counts."""
