@@ -1,4 +1,4 @@
-"""What the compiler made of every kernel of the `.cu` files, read without a GPU; ``python -m benchmarks.desk``.
+"""What the compiler made of every kernel, read without a GPU; ``python -m benchmarks.desk``.
 
 Registers, shared memory, stack and spills are the compiler's own words (``ptxas -v``, through NVRTC); loads and stores
 are counted in its machine code, by the disassembler of the package ``nvidia-cuda-nvdisasm``. ``--write docs/desk.md``
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import desk_numba
 from gglspeedup.errors import MissingPackageError, explain
 from gglspeedup.kernels.cuda import compile_options, kernel_source
 from gglspeedup.kernels.sample_gpu import macros_of
@@ -32,6 +33,7 @@ VARIANTS = [
     ),
     ("gather.cu", ()),
     ("gather.cu", ("IN_PIECES",)),
+    (desk_numba.JITTED, ()),
 ]
 LETTERS = {"INDEX64": "i", "HASH_TABLE": "h", "IN_PIECES": "p"}
 
@@ -104,6 +106,7 @@ RULES = {
     **{f"scatter_rows_{width}": Rule(256, 40, 48) for width in (8, 4, 2)},
     "scatter_rows_1": Rule(256, 48, 40),
     "check_ids": Rule(256, 32, 64),
+    **{name: Rule(256, 32, 64) for name in ("stamp_each", "keep_last", "visit_each")},
 }
 # To find the piece that a row is in takes registers.
 RULES_IN_PIECES = {
@@ -247,8 +250,15 @@ def read_assembly(text: str) -> dict[str, tuple[int, int, int, int]]:
 
 def figures(file: str, macros: tuple[str, ...], architecture: int) -> dict[Place, Figures]:
     """Return what is found of a file's kernels, compiled with some macros for an architecture."""
-    log, cubin = compiled(file, macros, architecture)
-    said, counted = read_log(log), read_assembly(disassembled(cubin))
+    said: dict[str, tuple[int, int, int, int, int]] = {}
+    counted: dict[str, tuple[int, int, int, int]] = {}
+    if file == desk_numba.JITTED:
+        for name, log, cubin in desk_numba.compiled(architecture):
+            (said[name],) = read_log(log).values()
+            (counted[name],) = read_assembly(disassembled(cubin)).values()
+    else:
+        log, cubin = compiled(file, macros, architecture)
+        said, counted = read_log(log), read_assembly(disassembled(cubin))
     variant = variant_of(macros)
     return {Place(architecture, name, variant): Figures(*said[name], *counted[name]) for name in said}
 

@@ -154,6 +154,10 @@ class Launches:
 
 
 def test_threads_are_those_of_the_launchers() -> None:
+    try:
+        from gglspeedup.kernels import history_gpu, visits_gpu
+    except ImportError:
+        missing("numba-cuda")
     runtime: Any = Launches()
     target, table = sample_gpu.Target(runtime, ()), sample_gpu.Table(None, None, 0, False)
     hop = sample_gpu.Hop(0, False, 1, False)
@@ -174,4 +178,6 @@ def test_threads_are_those_of_the_launchers() -> None:
         gather_gpu.gather_rows(runtime, None, None, rows, 9, ids, rows, width, None, None)
         gather_gpu.scatter_rows(runtime, rows, ids, rows, width)
     gather_gpu.check_ids(runtime, ids, 9, None)
+    for module, names in ((history_gpu, ("stamp_each", "keep_last")), (visits_gpu, ("visit_each",))):
+        runtime.threads |= {name: {module._THREADS} for name in names}
     assert runtime.threads == {kernel: {rule.threads} for kernel, rule in RULES.items()}

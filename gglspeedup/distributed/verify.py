@@ -12,8 +12,8 @@ from gglspeedup import page_file
 from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.distributed.meta import Meta, read_meta
 from gglspeedup.distributed.part_file import CHECKED_BYTES, REMEDY, ArrayFile, check_file
-from gglspeedup.progress import Progress
 from gglspeedup.errors import PartFileError, explain
+from gglspeedup.progress import Progress
 from gglspeedup.threads import usable_cores
 
 _MOST_TOLD = 20  # of damaged places, in an error
