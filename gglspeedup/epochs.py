@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from itertools import islice
@@ -128,7 +129,7 @@ class EpochLoader(ABC, Generic[Made]):
         gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)], names=_STAGES)
         yield from self._convert_all(self._handed_over(gathered, sampling, gathering))
 
-    def _sample_all(self, epoch: int) -> Iterator[Any]:
+    def _sample_all(self, epoch: int) -> Generator[Any, None, None]:
         """Give what :meth:`_sample` makes of the items of each batch."""
         for items, number in self._numbered(epoch):
             yield self._sample(items, number)
@@ -142,13 +143,13 @@ class EpochLoader(ABC, Generic[Made]):
 
     def _sample_on(self, epoch: int, sampling: SideStream) -> Iterator[tuple[Any, Any]]:
         """Give what :meth:`_sample` makes on a stream, each with the mark at which it is whole."""
-        batches = self._sample_all(epoch)
-        while True:
-            with sampling.filling():
-                made = [(sampled, sampling.record()) for sampled in islice(batches, 1)]
-            if not made:
-                return
-            yield made.pop()  # a thread that waits for room holds no memory of the device
+        with contextlib.closing(self._sample_all(epoch)) as batches:
+            while True:
+                with sampling.filling():
+                    made = [(sampled, sampling.record()) for sampled in islice(batches, 1)]
+                if not made:
+                    return
+                yield made.pop()  # a thread that waits for room holds no memory of the device
 
     def _gather_on(self, gathering: SideStream, sampled: tuple[Any, Any]) -> tuple[Any, Any]:
         """Return what :meth:`_gather` makes on a stream, with the mark at which it is whole."""

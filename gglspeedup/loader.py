@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -238,7 +238,7 @@ class NodeLoader(EpochLoader[Batch]):
             if self._watch is not None:
                 self._watch.end()
 
-    def _sample_all(self, epoch: int) -> Iterator[Part]:
+    def _sample_all(self, epoch: int) -> Generator[Part, None, None]:
         if self._watch is None or self.memory_budget is None:
             yield from super()._sample_all(epoch)
             return

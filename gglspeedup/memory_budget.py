@@ -166,8 +166,8 @@ class MemoryBudget:
                 used = in_use()
                 scale = (self.limit - used) / (_FIRST_TIMES * max(load.own, 1))
                 return Verdict(used + load.own, used + _FIRST_TIMES * load.own, used, scale >= 1, False, scale)
-            expected, margin, fixed = model.predict(load), model.margin(load), model.fixed(load)
-            reach = model.reach(load) if self.learn else 0.0
+            expected, fixed, margin, reach = model.outlook(load)
+        reach = reach if self.learn else 0.0
         # However large errors were, half of the room is for batches: else they would shrink to single seeds.
         upper = expected + min(margin, max(self.limit - fixed, 0.0) / 2)
         scale = (self.limit - (upper - expected) - fixed) / max(expected - fixed, 1.0)
@@ -192,7 +192,8 @@ class MemoryBudget:
         """Return how many bytes a batch may add to those in use."""
         model = self._prepared()
         with self._lock:
-            return model.predict(load) + model.margin(load) - model.fixed(load)
+            expected, fixed, margin, _ = model.outlook(load)
+        return expected + margin - fixed
 
     def idle(self, held: int, in_use: int) -> None:
         """Take what is in use between two batches, when no freed memory is kept."""

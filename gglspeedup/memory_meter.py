@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
@@ -17,7 +16,9 @@ from gglspeedup.device import Device
 from gglspeedup.errors import DeviceError, explain
 from gglspeedup.memory import release_buffers
 
-_STATUS = Path("/proc/self/status")
+_SIZES, _STATUS = "/proc/self/statm", "/proc/self/status"
+_PEAK = b"VmHWM:"
+_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 _RESET_PEAK = b"5"  # of /proc/self/clear_refs: the peak of the resident set becomes its size
 
 
@@ -48,10 +49,11 @@ class ProcessMeter:
 
     def __init__(self) -> None:
         self._resets = _resets_peak()
+        self._knows_size = os.path.exists(_SIZES)
 
     def in_use(self) -> int:
         """Return the size of the resident set; on macOS its peak."""
-        return _field(b"VmRSS:") if _STATUS.exists() else _lifetime_peak()
+        return _resident() if self._knows_size else _lifetime_peak()
 
     def start(self, tidy: bool) -> int:
         """Begin anew, and return the bytes in use; `tidy` has glibc give freed memory back to the system."""
@@ -62,11 +64,11 @@ class ProcessMeter:
             release_buffers()
             trim(0)
         _reset_peak()
-        return _field(b"VmRSS:")
+        return _resident()
 
     def peak(self) -> int:
         """Return the most bytes in use since :meth:`start`."""
-        return _field(b"VmHWM:") if self._resets else _lifetime_peak()
+        return _highest() if self._resets else _lifetime_peak()
 
     @property
     def tidies(self) -> bool:
@@ -151,10 +153,23 @@ def _reset_peak() -> None:
         os.close(file)
 
 
-def _field(name: bytes) -> int:
-    """Return a line of /proc's status in bytes."""
-    text = _STATUS.read_bytes()
-    begin = text.index(name) + len(name)
+def _read(path: str) -> bytes:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(file, 8192)
+    finally:
+        os.close(file)
+
+
+def _resident() -> int:
+    """Return the bytes of the resident set; a fraction of the time that the status takes."""
+    return int(_read(_SIZES).split(None, 2)[1]) * _PAGE
+
+
+def _highest() -> int:
+    """Return the peak of the resident set in bytes."""
+    text = _read(_STATUS)
+    begin = text.index(_PEAK) + len(_PEAK)
     return int(text[begin : text.index(b"kB", begin)]) << 10
 
 

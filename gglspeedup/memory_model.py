@@ -64,6 +64,27 @@ class BatchLoad(NamedTuple):
         return np.array([1.0, *rows, *messages, self.held])
 
 
+class Outlook(NamedTuple):
+    """What is to be expected of a batch.
+
+    Attributes
+    ----------
+    expected : float
+        Its peak in bytes.
+    fixed : float
+        The part of that which the batch's own size has no influence on.
+    margin : float
+        By how many bytes the peak may be higher, by the errors made so far.
+    reach : float
+        How many times larger it is than all that was observed; infinite if nothing was.
+    """
+
+    expected: float
+    fixed: float
+    margin: float
+    reach: float
+
+
 class MemoryModel:
     """A linear model of peak memory, with no negative coefficient, fitted one measurement at a time.
 
@@ -94,8 +115,9 @@ class MemoryModel:
         self.count = 0
         self._gram = np.zeros((size, size))
         self._moment = np.zeros(size)
-        self._largest = np.zeros(size)
+        self._largest = np.ones(size)
         self._errors: collections.deque[float] = collections.deque(maxlen=_KEPT_ERRORS)
+        self._worst = _LEAST_MARGIN
         self._coefficients = np.zeros(size)
 
     @property
@@ -107,23 +129,17 @@ class MemoryModel:
         """Return the expected peak in bytes, 0.0 before anything was observed."""
         return float(self._coefficients @ load.features())
 
-    def margin(self, load: BatchLoad) -> float:
-        """Return by how many bytes the peak may exceed the prediction, by the errors made so far."""
-        predicted = self.predict(load)
+    def outlook(self, load: BatchLoad) -> Outlook:
+        """Return what is to be expected of a batch."""
+        features = load.features()
+        expected = float(self._coefficients @ features)
+        fixed = float(self._coefficients[0] + self._coefficients[-1] * (load.held - load.own))
         if self.count < _EARLY:
-            return max(_LEAST_MARGIN * predicted, _EARLY_MARGIN * (predicted - self.fixed(load)))
-        return max([_LEAST_MARGIN, *self._errors]) * predicted
-
-    def reach(self, load: BatchLoad) -> float:
-        """Return how many times larger than all that was observed a batch is; infinite if nothing was."""
-        features, largest = load.features()[1:-1], self._largest[1:-1]
-        if not self.count:
-            return math.inf
-        return float(np.max(features / np.maximum(largest, 1.0)))
-
-    def fixed(self, load: BatchLoad) -> float:
-        """Return the part of the prediction, in bytes, that the batch's own size has no influence on."""
-        return float(self._coefficients[0] + self._coefficients[-1] * (load.held - load.own))
+            margin = max(_LEAST_MARGIN * expected, _EARLY_MARGIN * (expected - fixed))
+        else:
+            margin = self._worst * expected
+        reach = float((features / self._largest)[1:-1].max()) if self.count else math.inf
+        return Outlook(expected, fixed, margin, reach)
 
     def observe(self, load: BatchLoad, peak: float) -> None:
         """Take a measured peak, in bytes."""
@@ -131,6 +147,7 @@ class MemoryModel:
         if self.count >= _EARLY:
             # Of the model as it is without this measurement.
             self._errors.append(size / max(float(self._coefficients @ features), 1.0) - 1)
+            self._worst = max(_LEAST_MARGIN, *self._errors)
         self._fit(features, size)
         self._largest = np.maximum(self._largest, features)
         self.count += 1
@@ -209,8 +226,9 @@ class MemoryModel:
         model.count = check_count(state["count"], "count", 0, 1 << 62)
         model._gram = _numbers(state["gram"], (size, size))
         model._moment = _numbers(state["moment"], (size,))
-        model._largest = _numbers(state["largest"], (size,))
+        model._largest = np.maximum(_numbers(state["largest"], (size,)), 1.0)
         model._errors.extend(_numbers(state["errors"], (len(state["errors"]),), signed=True).tolist())
+        model._worst = max([_LEAST_MARGIN, *model._errors])
         if not np.array_equal(model._gram, model._gram.T):
             raise ValueError("its matrix is not symmetric")
         model._coefficients = _solve(model._gram, model._moment)

@@ -40,6 +40,7 @@ class MemoryWatch:
         self._open: _Handed | None = None
         self._handed_out = 0
         self._start = 0
+        self._spill = 0.0
         # Of what a batch needs, the part that was not found in memory kept from earlier ones.
         self._spills = collections.deque([0.0], maxlen=_KEPT_SPILLS)
 
@@ -52,7 +53,7 @@ class MemoryWatch:
         variable = self._budget.variable(load)
         if not self._handed_out or self._start + variable > self._budget.limit:
             return 0.0
-        return self._start + median(self._spills) * variable
+        return self._start + self._spill * variable
 
     def hand_out(self, load: BatchLoad, predicted: float) -> None:
         """Say that a batch is handed out now; the one before is over."""
@@ -72,6 +73,7 @@ class MemoryWatch:
         peak = self._meter.peak()
         if not tidy:
             self._spills.append(min(1.0, (peak - start) / max(self._budget.variable(load), 1.0)))
+            self._spill = median(self._spills)
         # What an allocator kept of earlier batches hides what this one took, or adds to it. Where that cannot be
         # helped, a peak that rose counts as its own.
         exact = tidy or (peak > start and not self._meter.tidies)

@@ -70,6 +70,7 @@ def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) ->
             arrays = [_in_host_memory(runtime, part) for part in parts[1:]]
             near = parts[0].nbytes <= _POINTER_SHARE * free
             arrays.insert(0, runtime.to_device(parts[0]) if near else _in_host_memory(runtime, parts[0]))
+        _settle(runtime)
     lengths = graph.degree()
     return CudaSampler(
         runtime, arrays[0], arrays[1], arrays[2] if len(arrays) == 3 else None, graph.num_nodes, table,
@@ -83,7 +84,13 @@ def place_shards(graph: ShardedGraph, runtime: Runtime, free: int) -> CudaSample
     with runtime.activate():
         indptr, indices = (_on_device(runtime, vector) for vector in (graph.indptr, graph.indices))
         edge_ids = None if graph.edge_ids is None else _on_device(runtime, graph.edge_ids)
+        _settle(runtime)
     return CudaSampler(runtime, indptr, indices, edge_ids, graph.num_nodes, table, max_degree=graph.max_degree)
+
+
+def _settle(runtime: Runtime) -> None:
+    """Wait for the current stream: the loaders' streams, which do not, will read what was put on the device."""
+    runtime.read(runtime.zeros(1, np.uint64))
 
 
 def _on_device(runtime: Runtime, pieces: Pieces) -> DevicePieces:

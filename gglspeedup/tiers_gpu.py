@@ -67,6 +67,7 @@ class CudaTiers:
                 slot[order[:count]] = np.arange(count, dtype=np.int32)
                 self._slot = runtime.to_device(slot)
                 self._open_cold(slot)
+            runtime.read(self._counters)  # from now on any stream may read what was put there
 
     def _load_hot(self, order: npt.NDArray[np.int64], count: int) -> tuple[Any, int]:
         """Return the hot rows on the device and how many they are: `count`, or fewer if memory ends before."""

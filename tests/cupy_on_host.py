@@ -66,7 +66,7 @@ class ndarray(DeviceArray):
     @property
     def device(self) -> Any:
         """The device."""
-        return SimpleNamespace(id=0)
+        return HostDevice(self.memory.cupy, 0)
 
     def __setitem__(self, where: Any, value: Any) -> None:
         if self.memory is not None:
@@ -254,6 +254,23 @@ class Stream:
         return SimpleNamespace(launch=lambda: self.cupy.replay(recorded))
 
 
+class HostDevice:
+    """A device; current within a block."""
+
+    def __init__(self, cupy: Any, index: int) -> None:
+        self.cupy, self.id = cupy, index
+        self.before: list[int] = []
+
+    def __enter__(self) -> HostDevice:
+        self.cupy.faults.reach("device")
+        self.before.append(self.cupy.local.device)
+        self.cupy.local.device = self.id
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cupy.local.device = self.before.pop()
+
+
 class Local(threading.local):
     """What is current in a thread."""
 
@@ -357,15 +374,9 @@ class CupyOnHost(ModuleType):
 
     # --- devices, streams, kernels ---
 
-    @contextlib.contextmanager
-    def Device(self, index: int) -> Any:
-        """Make a device current."""
-        self.faults.reach("device")
-        before, self.local.device = self.local.device, index
-        try:
-            yield
-        finally:
-            self.local.device = before
+    def Device(self, index: int | None = None) -> Any:
+        """Return a device, the current one by default."""
+        return HostDevice(self, self.local.device if index is None else index)
 
     def Stream(self, non_blocking: bool) -> Any:
         """Return a new stream."""

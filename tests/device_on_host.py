@@ -153,7 +153,8 @@ def install(modules: dict[str, ModuleType] = sys.modules) -> Network:
         return network
 
     stream = SimpleNamespace(ptr=STREAM, record=lambda mark: mark, synchronize=lambda: None)
-    cuda.__dict__.update(nccl=nccl, Event=event, get_current_stream=lambda: stream)
+    here = SimpleNamespace(id=0)
+    cuda.__dict__.update(nccl=nccl, Event=event, get_current_stream=lambda: stream, Device=lambda: here)
     cupy.__dict__.update(cuda=cuda, empty=lambda shape, dtype: DeviceArray(np.empty(shape, dtype)))
     modules.update({"cupy": cupy, "cupy.cuda": cuda, "cupy.cuda.nccl": nccl})
     return network

@@ -22,6 +22,15 @@ from gglspeedup import (
     peer_gpu,
 )
 from gglspeedup.device import cuda_problem
+from gglspeedup.distributed import (
+    DistFeature,
+    DistNodeLoader,
+    DistSampler,
+    GraphPart,
+    LocalCommunicator,
+    NcclCommunicator,
+    PartBook,
+)
 from gglspeedup.hot_order import hot_order
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem(0)), reason=f"no usable GPU: {cuda_problem(0)}")
@@ -297,3 +306,53 @@ def test_a_prefetcher_copies_batches(framework):
             busy = busy @ busy / 3000  # queued before the sum, it keeps the stream behind the host
         sums.append((batch["x"].sum(), batch["parts"][0].sum(), batch["size"]))
     assert [tuple(map(float, row)) for row in sums] == [(k * 64_000, k * (k + 1) / 2, k) for k in range(30)]
+
+
+def communicator_of(engine):
+    if engine == "local":
+        return LocalCommunicator()
+    nccl = pytest.importorskip("cupy.cuda.nccl", reason="CuPy has no NCCL")
+    if not nccl.available:
+        pytest.skip("CuPy has no NCCL")
+    return NcclCommunicator(LocalCommunicator())
+
+
+@pytest.mark.filterwarnings("ignore:(?s).*nccl library could not be loaded")
+@pytest.mark.parametrize("engine", ["local", "nccl"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [0, 3, 1])
+def test_rows_of_a_rank(graph, engine, dtype, share):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    x = np.random.default_rng(7).random((graph.num_nodes, 24)).astype(kind)
+    book = PartBook.contiguous([0, graph.num_nodes])
+    part, budget = GraphPart.of(graph, book, 0), x.nbytes // share if share else 0
+    features = DistFeature(part, communicator_of(engine), x, policy="degree", device=0, budget=budget)
+    ids = np.random.default_rng(8).integers(0, graph.num_nodes, 30_000)
+    for found, wanted in zip(features.take_many([ids, ids[:0], ids[:7]]), (ids, ids[:0], ids[:7]), strict=True):
+        assert found.dtype == x.dtype and found.get().tobytes() == x[wanted].tobytes()
+
+
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_batches_of_a_rank(graph, prefetch):
+    import cupy
+
+    x = np.random.default_rng(9).integers(0, 1000, (graph.num_nodes, 32)).astype(np.float32)
+    part, communicator = GraphPart.of(graph, PartBook.contiguous([0, graph.num_nodes]), 0), LocalCommunicator()
+    features = DistFeature(part, communicator, x, device=0, budget=x.nbytes // 3)
+    loader = DistNodeLoader(
+        DistSampler(part, communicator, [10, 5], seed=3), features, np.arange(graph.num_nodes), seeds=np.arange(20_000),
+        batch_size=500, backend="cupy", prefetch=prefetch, together=2,
+    )  # fmt: skip
+    cpu = GPUSampler("cpu", graph, [10, 5], seed=3)
+    busy = cupy.ones((3000, 3000), cupy.float32)
+    kept = []
+    for batch in loader:
+        for _ in range(4):
+            busy = busy @ busy / 3000  # queued before the sums, it keeps the stream behind the host
+        edges = batch.adjs[0].e_id.sum()
+        kept.append((batch.batch, batch.x.sum(dtype=np.float64), batch.y.sum(), batch.n_id[-1], edges))
+    for batch, rows, labels, last, edges in kept:
+        expected = cpu.sample(loader.order(0)[500 * batch :][:500], batch)
+        assert float(rows) == x[expected.n_id].sum(dtype=np.float64) and int(labels) == expected.seeds.sum()
+        assert int(last) == expected.n_id[-1] and int(edges) == expected.adjs[0].e_id.sum()

@@ -39,7 +39,7 @@ def test_linear_memory_is_fitted_exactly():
         load = some_load(3.0)  # beyond what was observed, too
         assert model.predict(load) == pytest.approx(TRUTH @ load.features(), rel=1e-6)
     np.testing.assert_allclose(model.coefficients, TRUTH, rtol=1e-3, atol=1e-3)
-    assert model.fixed(load) == pytest.approx(6e8 + load.held - load.own, rel=1e-4)
+    assert model.outlook(load).fixed == pytest.approx(6e8 + load.held - load.own, rel=1e-4)
 
 
 def test_the_least_squares_are_those_of_numpy():
@@ -70,7 +70,7 @@ def test_noise_stays_within_the_margin():
         load = some_load()
         peak = TRUTH @ load.features() * (1 + 0.01 * RNG.standard_normal())
         assert abs(model.predict(load) / peak - 1) < 0.05
-        inside += peak <= model.predict(load) + model.margin(load)
+        inside += peak <= model.predict(load) + model.outlook(load).margin
     assert inside >= 198
 
 
@@ -78,7 +78,7 @@ def test_the_margin_grows_with_the_errors():
     load, margins = some_load(), []
     for noise in (0.0, 0.05, 0.3):
         model = fitted(TRUTH, 100, noise)
-        margins.append(model.margin(load))
+        margins.append(model.outlook(load).margin)
     assert margins == sorted(margins)
     assert margins[0] == pytest.approx(0.05 * TRUTH @ load.features(), rel=1e-2)
 
@@ -99,7 +99,7 @@ def test_idle_measurements_tell_what_is_fixed():
         model.observe(load, 9e8)
     assert model.predict(load) == pytest.approx(9e8, rel=1e-3)
     model.observe_idle(0, 5e8)
-    assert 4e8 < model.fixed(load) < 6e8
+    assert 4e8 < model.outlook(load).fixed < 6e8
 
 
 def test_a_model_moves_to_a_process_that_has_more_in_use():
@@ -117,11 +117,11 @@ def test_a_model_moves_to_a_process_that_has_more_in_use():
 
 def test_reach():
     model = MemoryModel(2)
-    assert model.reach(some_load()) == np.inf
+    assert model.outlook(some_load()).reach == np.inf
     load = some_load()
     model.observe(load, 1e9)
-    assert model.reach(load) == 1.0
-    assert model.reach(load._replace(edges=(3 * load.edges[0], load.edges[1]))) == pytest.approx(3.0)
+    assert model.outlook(load).reach == 1.0
+    assert model.outlook(load._replace(edges=(3 * load.edges[0], load.edges[1]))).reach == pytest.approx(3.0)
 
 
 def test_a_file_holds_the_model(tmp_path):
@@ -132,7 +132,7 @@ def test_a_file_holds_the_model(tmp_path):
     for _ in range(5):
         load = some_load()
         assert again.predict(load) == model.predict(load) == other.predict(load)
-        assert again.margin(load) == model.margin(load) and again.reach(load) == model.reach(load)
+        assert again.outlook(load) == model.outlook(load)
     load = some_load()
     model.observe(load, 1e9)
     again.observe(load, 1e9)

@@ -1,4 +1,4 @@
-"""Which remote rows a rank should keep copies of: nodes that it does not own, hottest first."""
+"""Which rows a rank should keep near, hottest first: remote ones that it copies, own ones that go to its GPU."""
 
 from __future__ import annotations
 
@@ -119,6 +119,30 @@ def by_presampling(
     visited = np.flatnonzero(visits)
     visited = visited[book.owner_of(visited) != collective.rank]
     return visited[np.argsort(-visits[visited], kind="stable")]
+
+
+def own_order(part_or_book: GraphPart | PartBook, rank: int, policy: Any) -> Ids:
+    """Return the rows of this rank's part, hottest first: as a list of nodes says, then by degree, where it is known.
+
+    Raises
+    ------
+    ArgumentTypeError, ArgumentValueError, ArgumentIndexError
+        The policy is neither text nor unique node ids.
+    """
+    book = part_or_book.book if isinstance(part_or_book, GraphPart) else part_or_book
+    count = book.count_of(rank) if rank < book.num_parts else 0
+    order = np.arange(count)
+    if isinstance(part_or_book, GraphPart) and len(part_or_book.indptr) == count + 1:
+        order = np.argsort(-np.diff(part_or_book.indptr), kind="stable")
+    if isinstance(policy, str):
+        return order
+    nodes = host_ids(policy, "policy")
+    check_range(nodes, book.num_nodes, "policy")
+    check_unique(nodes, book.num_nodes, "policy")
+    listed = book.rows_of(rank, nodes[book.owner_of(nodes) == rank]) if count else nodes[:0]
+    left = np.ones(count, np.bool_)
+    left[listed] = False
+    return np.concatenate([listed, order[left[order]]])
 
 
 def _nothing(collective: Collective) -> Ids:

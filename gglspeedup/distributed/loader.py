@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.adjs import SampledBatch
+from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_flag, check_sizes, host_array
-from gglspeedup.device import parse_device
+from gglspeedup.device import Device
 from gglspeedup.distributed.book import PartBook
 from gglspeedup.distributed.collective import Collective
 from gglspeedup.distributed.communicator import CommunicatorError, Ids, RankError, check_concurrent
@@ -22,6 +23,7 @@ from gglspeedup.distributed.local import LocalCommunicator
 from gglspeedup.distributed.sampler import DistSampler
 from gglspeedup.epochs import EpochLoader, device_for
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, GGLSpeedupError, explain
+from gglspeedup.interchange import integer_view
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
 from gglspeedup.loader import Batch, seed_ids
 
@@ -78,6 +80,9 @@ class DistNodeLoader(EpochLoader[Batch]):
 
     Notes
     -----
+    If `x` or `y` is a DistFeature on a GPU, all arrays of a batch are there: `n_id`, `adjs` and what else is made on
+    the host is copied. The background threads have streams of their own, and hand batches over as NodeLoader's do.
+
     With `prefetch` the exchanges are made by the background thread, as long as an epoch is under way. The training loop
     must not use the communicators of `sampler`, `x` and `y` meanwhile, but one of its own: a second
     ``MpiCommunicator()`` or ``TorchCommunicator()``, whose messages never meet.
@@ -96,7 +101,7 @@ class DistNodeLoader(EpochLoader[Batch]):
     [([0, 1, 2], (3, 3), [5]), ([2, 0], (2, 3), [7])]
     """
 
-    device = parse_device("cpu")
+    device = Device()
 
     def __init__(
         self, sampler: DistSampler, x: Any = None, y: Any = None, *, seeds: Any, batch_size: int, sizes: Any = None,
@@ -117,9 +122,9 @@ class DistNodeLoader(EpochLoader[Batch]):
                 backend=backend, seed=seed, prefetch=prefetch, rank=share[0], world_size=share[1],
             )  # fmt: skip
             self._together = check_count(together, "together", 1)
-            device_for(backend, self.device)
             self.sizes = check_sizes(sampler.sizes if sizes is None else sizes, MAX_FANOUT, MAX_HOPS)
             self.features, self.labels = (_rows_of(rows, sampler, name) for rows, name in ((x, "x"), (y, "y")))
+            self.device = device_for(backend, _device_of(self.features, self.labels))
             if self.prefetch:
                 check_concurrent(collective.communicator, "prefetch")
             return _nothing(collective)
@@ -146,7 +151,7 @@ class DistNodeLoader(EpochLoader[Batch]):
         """Return the number of batches of an epoch, which is that of all ranks."""
         return self._batches
 
-    def _sample_all(self, epoch: int) -> Iterator[_Loaded]:
+    def _sample_all(self, epoch: int) -> Generator[_Loaded, None, None]:
         # All exchanges are here, and so in one thread and one order.
         with self._collective.together():
             self._collective.counts(f"epoch {epoch} of DistNodeLoader", lambda: _nothing(self._collective))
@@ -187,8 +192,24 @@ class DistNodeLoader(EpochLoader[Batch]):
     def _sample(self, items: npt.NDArray[np.int64], number: int) -> _Loaded:
         return self._make([(items, number)])[0]
 
-    def _gather(self, sampled: _Loaded) -> _Loaded:
-        return sampled
+    def _gather(self, loaded: _Loaded) -> _Loaded:
+        if not self.device.is_cuda:
+            return loaded
+        from gglspeedup.placement import runtime_of
+
+        runtime = runtime_of(self.device)
+
+        def there(array: Any) -> Any:
+            if array is None or runtime.is_device(array):
+                return array
+            integers, narrow = integer_view(array)
+            copied = runtime.to_device(integers)
+            return copied if narrow is None else copied.view(array.dtype)
+
+        sampled, x, y = loaded
+        with runtime.activate():
+            adjs = [Adj(there(adj.edge_index), there(adj.e_id), adj.size) for adj in sampled.adjs]
+            return replace(sampled, n_id=there(sampled.n_id), adjs=adjs), there(x), there(y)
 
     def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
         sampled, x, y = loaded
@@ -206,6 +227,15 @@ class DistNodeLoader(EpochLoader[Batch]):
             f"DistNodeLoader(rank {self._collective.rank} of {self._collective.size}, {len(self._items)} seeds, "
             f"sizes={list(self.sizes)}, batch_size={self.batch_size}, {len(self)} batches, backend={self.backend!r})"
         )
+
+
+def _device_of(x: DistFeature | None, y: DistFeature | None) -> Device:
+    """Return the GPU that rows are on, or the CPU; raise ArgumentValueError if they are on two."""
+    gpus = {rows.device for rows in (x, y) if rows is not None and rows.device.is_cuda}
+    if len(gpus) > 1:
+        needs, got = "features and labels on one GPU", " and ".join(sorted(map(str, gpus)))
+        raise ArgumentValueError(explain("y", needs, got, "make both on the same device"))
+    return gpus.pop() if gpus else Device()
 
 
 def _is_shared(rows: Any) -> bool | None:

@@ -105,13 +105,15 @@ class RowExchange:
 
     Attributes
     ----------
+    book, collective
+        As given.
     id_dtype : dtype
         What ids travel as: int32 where those of all nodes fit.
     """
 
     def __init__(self, book: PartBook, collective: Collective) -> None:
         numba()
-        self._book, self._collective = book, collective
+        self.book, self.collective = book, collective
         self.id_dtype = np.dtype(np.int32 if book.num_nodes <= np.iinfo(np.int32).max else np.int64)
         self._space = Workspace(book.num_nodes, book.num_nodes > DENSE_NODES, np.int64)
         self._pool = BufferPool()
@@ -146,9 +148,9 @@ class RowExchange:
         asked = self.ask(step, n_ids, cache)
         _, ids, kind, place, moved, wanted, sends, gets = asked
         answers = [source.send(wanted) for source in sources]
-        received = self._collective.exchange("rows", _beside(answers), sends, gets)
+        received = self.collective.exchange("rows", _beside(answers), sends, gets)
         mine = np.flatnonzero(kind == kernels.OWN)
-        own_rows = self._book.rows_of(self._collective.rank, ids[mine])
+        own_rows = self.book.rows_of(self.collective.rank, ids[mine])
         outs: list[list[Array]] = [[] for _ in n_ids]
         begin = 0
         for source, answer in zip(sources, answers, strict=True):
@@ -169,21 +171,21 @@ class RowExchange:
 
     def ask(self, step: str, n_ids: Sequence[Any], cache: Cache | None) -> Asked:
         """Tell each rank which of its rows are wanted; collective. The arguments are those of :meth:`fetch`."""
-        collective, rank = self._collective, self._collective.rank
+        collective, rank = self.collective, self.collective.rank
         plan: list[tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]] = []
         lists: list[Ids] = []
 
         def ask() -> Ids:
             for n_id in n_ids:
                 lists.append(host_ids(n_id, "n_id"))
-                check_range(lists[-1], self._book.num_nodes, "n_id")
+                check_range(lists[-1], self.book.num_nodes, "n_id")
             plan.append(self._plan(lists[0] if len(lists) == 1 else np.concatenate([*lists, _NO_IDS]), cache))
             return plan[0][-1][:, None]
 
         asked = collective.counts(step, ask)[:, 0]
         ids, kind, place, sent, moved, counts = plan[0]
         wanted = collective.exchange("ids", sent, counts, asked).astype(np.int64, copy=False)
-        wanted = self._book.rows_of(rank, wanted)
+        wanted = self.book.rows_of(rank, wanted)
         return Asked(offsets_of([len(nodes) for nodes in lists]), ids, kind, place, moved, wanted, asked, counts)
 
     def _plan(self, ids: Ids, cache: Cache | None) -> tuple[Ids, npt.NDArray[np.uint8], Ids, Array, Ids, Ids]:
@@ -193,13 +195,13 @@ class RowExchange:
         space, count = self._space, len(ids)
         base = space.begin()
         space.reserve(count, 0, ids)
-        owners = self._book.owner_of(ids)
+        owners = self.book.owner_of(ids)
         kind, place = space.array("kind", count, np.uint8), space.array("place", count, np.int64)
         unique, owner_of_unique = space.array("unique", count, np.int64), space.array("owner", count, np.uint16)
-        counts = np.empty(self._collective.size, np.int64)
+        counts = np.empty(self.collective.size, np.int64)
         keys, table = (cache.keys, cache.table) if cache is not None else (np.empty(0, np.int64), np.empty(0, np.int32))
         found = kernels.list_requests(
-            owners, self._collective.rank, ids, base, space.keys, space.table, keys, table, kind, place, counts,
+            owners, self.collective.rank, ids, base, space.keys, space.table, keys, table, kind, place, counts,
             unique, owner_of_unique,
         )  # fmt: skip
         space.base = base + found

@@ -39,6 +39,7 @@ class CudaTable:
         with runtime.activate():
             self._counters = runtime.zeros(2, np.uint64)
             self._no_bad = runtime.to_device(np.full(1, NO_BAD))
+            runtime.read(self._counters)  # from now on any stream may use the table
 
     def ids(self, n_id: Any) -> Any:
         """Return node ids as int64 on the device, checked: the host waits for the answer."""
