@@ -32,7 +32,7 @@ class Recordings:
         self._enabled = enabled
 
     def run(self, graphs: Graphs, key: Hashable, enqueue: Callable[[], None]) -> None:
-        """Enqueue what `enqueue` launches, which is the same for every call with this key; `graphs` keeps recordings."""
+        """Enqueue what `enqueue` launches, the same for every call with this key; `graphs` keeps recordings."""
         if not self._enabled or key not in graphs:
             # The first batch of a kind compiles its kernels, which a recording must not.
             enqueue()
