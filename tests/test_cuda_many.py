@@ -191,7 +191,8 @@ def test_arrays_begin_on_64_bytes_of_one_buffer(new_runtime):  # noqa: F811
     assert all(array.flags.c_contiguous for array in arrays)
 
 
-@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wide", [False, True])
 def test_shards(tmp_path_factory, wide):
     rng = np.random.default_rng(8)
     plain = random_graph(rng, 300, 25)
