@@ -8,7 +8,7 @@ import naive
 import numpy as np
 import pytest
 from conftest import random_graph
-from host_cuda import ORDERS, HostRuntime
+from host_cuda import ORDERS, HostRuntime, to_host
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cuda_sample import TABLES, assert_equal, make, new_runtime  # noqa: F401
@@ -144,6 +144,17 @@ def test_batches_that_have_no_room_together(new_runtime, monkeypatch):  # noqa: 
     sampler = make(sampler.runtime, graph, max_edges=30)
     check(sampler, graph, batches[:3], [3, 2], reads=6)
     assert sampler.sample_many([], [3, 2], seed=0) == []
+
+
+def test_each_batch_has_a_table_of_its_own(new_runtime):  # noqa: F811
+    rng = np.random.default_rng(5)
+    graph = random_graph(rng, 900, 8)
+    sampler = make(new_runtime(), graph)
+    made = sampler.sample_many(some_batches(rng, 900, (30, 20, 25)), [2, 1], seed=1)
+    (workspace,) = sampler._many._workspaces.free
+    keys = to_host(workspace.arrays["keys"]).reshape(3, -1)  # as large as they have to be: the first use
+    for own, (n_id, _) in zip(keys, made, strict=True):
+        assert sorted(own[own >= 0].tolist()) == sorted(to_host(n_id).tolist())
 
 
 def test_seeds_on_the_device(new_runtime):  # noqa: F811
