@@ -31,11 +31,15 @@ VARIANTS = [
         ("sample.cu", macros_of(dtype, hashed, in_pieces))
         for dtype, hashed, in_pieces in itertools.product((np.int32, np.int64), (False, True), (False, True))
     ),
+    *(
+        ("sample.cu", macros_of(dtype, True, in_pieces, many=True))
+        for dtype, in_pieces in itertools.product((np.int32, np.int64), (False, True))
+    ),
     ("gather.cu", ()),
     ("gather.cu", ("IN_PIECES",)),
     (desk_numba.JITTED, ()),
 ]
-LETTERS = {"INDEX64": "i", "HASH_TABLE": "h", "IN_PIECES": "p"}
+LETTERS = {"INDEX64": "i", "HASH_TABLE": "h", "IN_PIECES": "p", "MANY_BATCHES": "m"}
 
 
 class Multiprocessor(NamedTuple):
@@ -100,6 +104,8 @@ RULES = {
     "assign": Rule(256, 32, 64),
     "emit_edges": Rule(256, 32, 64),
     "copy_ids": Rule(256, 32, 64),
+    "place_outputs": Rule(1024, 64, 32, hot=False),  # one block
+    "emit_batches": Rule(256, 40, 48),
     "gather_rows_16": Rule(256, 48, 40, words=4),  # four rows are in flight at once
     **{f"gather_rows_{width}": Rule(256, 40, 48) for width in (8, 4, 2, 1)},
     "scatter_rows_16": Rule(256, 48, 40, words=4),

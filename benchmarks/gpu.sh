@@ -33,7 +33,7 @@ status=0
     echo
     echo '```'
     timeout 200 "$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors \
-        tests/test_gpu.py tests/test_cuda_sample.py tests/test_cuda_gather.py tests/test_errors.py \
+        tests/test_gpu.py tests/test_cuda_sample.py tests/test_cuda_many.py tests/test_cuda_gather.py tests/test_errors.py \
         tests/test_interchange.py tests/test_subgraphs.py tests/test_history_gpu.py 2>&1 | tail -25
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
@@ -56,6 +56,10 @@ status=0
     echo
     timeout 120 "$python" -m benchmarks.sampling --device cuda:0 --peers --graphs products --rounds 5 --batches 50 \
         --json "$stem-sampling.json" 2>&1 || status=1
+    echo "## Small batches, one by one and together (sample_many)"
+    echo
+    timeout 45 "$python" -m benchmarks.sampling --device cuda:0 --peers --many --graphs rmat-20-30000000 --batch-size 64 \
+        --batches 64 --rounds 5 --json "$stem-many.json" 2>&1 || status=1
     echo "## Gathering"
     echo
     timeout 90 "$python" -m benchmarks.gather --device cuda:0 --rounds 5 --rows 8000000 --ids 1000000 \
@@ -81,7 +85,7 @@ status=0
 "$python" - "$stem" <<'PY'
 import json, pathlib, sys
 stem = sys.argv[1]
-parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "gather", "overlap", "histories", "depth")]
+parts = [pathlib.Path(f"{stem}-{part}.json") for part in ("sampling", "many", "gather", "overlap", "histories", "depth")]
 merged = {}
 for part in parts:
     if part.exists():

@@ -86,7 +86,8 @@ def _count_rows(hop: Hop, before: int) -> Touched:
     return Touched(8 * rows + ends + 16 * rows + 8 * gpu.tiles_of(rows, gpu.TILE_ROWS), 0, 3)
 
 
-def _scan(count: int, tile: int) -> Touched:
+def scan(count: int, tile: int) -> Touched:
+    """Return what a scan of the sums of tiles touches."""
     tiles = gpu.tiles_of(count, tile)
     return Touched(16 * tiles, 0, 1 + math.ceil(tiles / 1024))
 
@@ -122,7 +123,7 @@ TOUCHES: dict[str, Callable[[Hop, int], Touched]] = {
 def floor(launch: Launch, near: int, far: int, trips: float) -> float:
     """Return the least microseconds of a kernel: of its bytes, or of the trips of its warps, wave after wave."""
     at_once = MULTIPROCESSORS * RULES[launch.kernel].warps * 32
-    waves = math.ceil(launch.blocks * launch.threads / at_once)
+    waves = math.ceil(launch.blocks * launch.layers * launch.threads / at_once)
     return max(1e6 * near / COPY, 1e6 * far / BUS, waves * trips * TRIP)
 
 
@@ -191,7 +192,7 @@ def _costs(hops: list[Hop], launches: list[Launch]) -> Any:
         if name == "scan_sums":
             scans += 1
             rows = scans % 2 == 0
-            touched = _scan(len(hops[at].rows if rows else hops[at].place), gpu.TILE_ROWS if rows else gpu.TILE_EDGES)
+            touched = scan(len(hops[at].rows if rows else hops[at].place), gpu.TILE_ROWS if rows else gpu.TILE_EDGES)
         elif name == "copy_ids":
             touched = Touched(16 * (len(hops[-1].rows) + hops[-1].new), 0, 1)
         else:

@@ -19,6 +19,7 @@ class Launch(NamedTuple):
     blocks: int
     threads: int
     recorded: bool
+    layers: int = 1
 
 
 class Recorder:
@@ -90,13 +91,13 @@ class Recorder:
         out[...] = found
         return out
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         """Note a kernel."""
         if self._recording is not None:
-            self._recording.append(Launch(kernel.name, grid, block, True))
+            self._recording.append(Launch(kernel.name, grid, block, True, layers))
             return
         self.calls.append("launch")
-        self.launches.append(Launch(kernel.name, grid, block, False))
+        self.launches.append(Launch(kernel.name, grid, block, False, layers))
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """Return the launches of a function."""

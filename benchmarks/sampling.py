@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--many", action="store_true", help="also the batches of a round in one call of sample_many")
     parser.add_argument("--peers", nargs="*", default=list(PEERS))
     parser.add_argument("--peer-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
@@ -53,13 +54,13 @@ def main() -> None:
                     gglspeedup.set_num_threads(threads)
                     print(f"independent random reads, {threads} threads: {limits.random_reads() / 1e6:.0f} M/s")
                 for fanouts in options.fanouts:
-                    names = ["gglspeedup", *options.peers]
+                    names = ["gglspeedup", *(["gglspeedup-many"] if options.many else []), *options.peers]
                     if threads > 1 and "graphbolt" in names:
                         names.append("graphbolt-workers")
                     contestants = [
                         Contestant(
                             name,
-                            [sys.executable if name == "gglspeedup" else options.peer_python, "-m",
+                            [sys.executable if name.startswith("gglspeedup") else options.peer_python, "-m",
                              "benchmarks.sampling_contestants", name, folder, str(threads), fanouts,
                              str(options.batch_size), str(options.batches), options.device],
                         )
@@ -75,7 +76,8 @@ def main() -> None:
                         for c in contestants if c.rates
                     ]  # fmt: skip
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "sampling": results}, indent=1), encoding="utf-8")
+        figures = {"machine": machine(), "many" if options.many else "sampling": results}
+        options.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_flag, check_sizes, device_ids, host_ids
 from gglspeedup.device import Device, DeviceLike, free_bytes, parse_device
-from gglspeedup.errors import ArgumentValueError, explain
+from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.graph import GraphLike
 from gglspeedup.interchange import on_cuda
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
@@ -26,6 +27,10 @@ class _Sampler(Protocol):
     def sample(
         self, seeds: Any, sizes: tuple[int, ...], *, seed: int, batch: int, replace: bool, expand: str
     ) -> tuple[Any, list[Hop]]: ...
+
+    def sample_many(
+        self, batches: Sequence[tuple[Any, int]], sizes: tuple[int, ...], *, seed: int, replace: bool, expand: str
+    ) -> list[tuple[Any, list[Hop]]]: ...
 
 
 class GPUSampler:
@@ -146,22 +151,85 @@ class GPUSampler:
         ArgumentTypeError, ArgumentValueError
             Seeds are not integers, not one-dimensional or not unique, or no sizes are set.
         """
-        fanouts = self._sizes if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
-        if fanouts is None:
-            raise ArgumentValueError(
-                explain("sizes", "to be set before sampling", "none", "call set_size([25, 10]) or pass sizes")
-            )
+        fanouts = self._fanouts(sizes)
         ids = self._seeds(seeds)
-        number = self._take_batch() if batch is None else check_count(batch, "batch", 0, MAX_BATCH)
+        number = self._take_batches(1) if batch is None else check_count(batch, "batch", 0, MAX_BATCH)
         try:
             n_id, hops = self._made().sample(
                 ids, fanouts, seed=self.seed, batch=number, replace=self.replace, expand=self.expand
             )
         except BaseException:
             if batch is None:
-                self._untake_batch(number)
+                self._untake_batches(number, 1)
             raise
         return SampledBatch(n_id, [Adj(*hop) for hop in hops], len(ids), number)
+
+    def sample_many(self, batches: Iterable[tuple[Any, int | None]], *, sizes: Any = None) -> list[SampledBatch]:
+        """Return several batches, the bits that :meth:`sample` returns of one after the other.
+
+        On a GPU they are sampled together, in the launches, the copy to the device and the wait of one batch, which are
+        most of what small batches cost. On the CPU it saves nothing.
+
+        Parameters
+        ----------
+        batches : iterable of (seeds, batch)
+            Each as for :meth:`sample`; where `batch` is None, the counter gives the next number.
+        sizes : sequence of int, optional
+            Fanouts of this call, as in :meth:`set_size`. Default: those set.
+
+        Returns
+        -------
+        list of SampledBatch
+            In the order given. On a GPU the arrays of batches that were sampled together are parts of one buffer, which
+            is used again once all of them are gone.
+
+        Raises
+        ------
+        ArgumentIndexError, ArgumentTypeError, ArgumentValueError
+            As by :meth:`sample` for the first batch that cannot be sampled; then none is, and no number is taken.
+            `batches` are no pairs.
+
+        Notes
+        -----
+        A GPU takes as many batches at once as have 2**23 seeds and edges by their bounds, of which the largest batch's
+        count for each; batches of sizes alike are best. One by one are sampled those whose hops may have more than
+        2**26 edges, and those of more than 16 hops. Seeds that are on the GPU already take a copy a batch.
+
+        Examples
+        --------
+        >>> from gglspeedup import CSRGraph, GPUSampler
+        >>> sampler = GPUSampler("cpu", CSRGraph([0, 2, 3, 4], [1, 2, 0, 0]), [2, 2])
+        >>> [(batch.batch, batch.n_id.tolist()) for batch in sampler.sample_many([([1], None), ([2, 0], 7)])]
+        [(0, [1, 0, 2]), (7, [2, 0, 1])]
+        """
+        fanouts = self._fanouts(sizes)
+        given = [_pair(entry) for entry in batches]
+        ids = [self._seeds(seeds) for seeds, _ in given]
+        asked = [None if batch is None else check_count(batch, "batch", 0, MAX_BATCH) for _, batch in given]
+        first, count = 0, asked.count(None)
+        if count:
+            first = self._take_batches(count)
+        counter = iter(range(first, first + count))
+        numbers = [next(counter) % MAX_BATCH if number is None else number for number in asked]
+        try:
+            made = self._made().sample_many(
+                list(zip(ids, numbers, strict=True)), fanouts, seed=self.seed, replace=self.replace, expand=self.expand
+            )
+        except BaseException:
+            self._untake_batches(first, count)
+            raise
+        return [
+            SampledBatch(n_id, [Adj(*hop) for hop in hops], len(seeds), number)
+            for (n_id, hops), seeds, number in zip(made, ids, numbers, strict=True)
+        ]
+
+    def _fanouts(self, sizes: Any) -> tuple[int, ...]:
+        fanouts = self._sizes if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
+        if fanouts is None:
+            raise ArgumentValueError(
+                explain("sizes", "to be set before sampling", "none", "call set_size([25, 10]) or pass sizes")
+            )
+        return fanouts
 
     def _made(self) -> _Sampler:
         if self._sampler is None:
@@ -177,15 +245,15 @@ class GPUSampler:
         # Those of the host stay there: they travel with the rest of the batch, in one copy.
         return device_ids(seeds, "seeds", runtime_of(self.device)) if on_cuda(seeds) else host_ids(seeds, "seeds")
 
-    def _take_batch(self) -> int:
+    def _take_batches(self, count: int) -> int:
         with self._lock:
             number = self._batch
-            self._batch = (number + 1) % MAX_BATCH
+            self._batch = (number + count) % MAX_BATCH
             return number
 
-    def _untake_batch(self, number: int) -> None:
+    def _untake_batches(self, number: int, count: int) -> None:
         with self._lock:  # bad input changes nothing: the next call gets this number, unless another has moved on
-            if self._batch == (number + 1) % MAX_BATCH:
+            if count and self._batch == (number + count) % MAX_BATCH:
                 self._batch = number
 
     def __repr__(self) -> str:
@@ -200,3 +268,12 @@ class GPUSampler:
         parse_device(self.device)  # the process that unpickles may lack the device
         self._lock = threading.Lock()
         self._sampler = None  # made when it is needed: a process uses one of a MultiGPUSampler's
+
+
+def _pair(entry: Any) -> tuple[Any, Any]:
+    """Return an entry of `sample_many`'s batches."""
+    if isinstance(entry, (tuple, list)) and len(entry) == 2:
+        return entry[0], entry[1]
+    got = f"a {type(entry).__name__}" + (f" of {len(entry)}" if isinstance(entry, (tuple, list)) else "")
+    remedy = "pass [(seeds, None), ...] to have the batches numbered"
+    raise ArgumentTypeError(explain("batches", "pairs of seeds and a number or None", got, remedy))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,14 @@ class CpuSampler:
         with self._lock:
             self._workspaces.append(workspace)
         return result
+
+    def sample_many(
+        self, batches: Sequence[tuple[npt.NDArray[np.int64], int]], sizes: tuple[int, ...], *, seed: int, replace: bool,
+        expand: str,
+    ) -> list[tuple[Array, list[Hop]]]:  # fmt: skip
+        """Return what :meth:`sample` returns of each (seeds, batch), one after the other."""
+        options: dict[str, Any] = {"seed": seed, "replace": replace, "expand": expand}
+        return [self.sample(seeds, sizes, batch=batch, **options) for seeds, batch in batches]
 
     def _sample(
         self, space: Workspace, seeds: Array, sizes: tuple[int, ...], seed: int, batch: int, replace: bool, expand: str

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from gglspeedup.errors import ArgumentValueError, explain
+from gglspeedup.errors import ArgumentIndexError, ArgumentValueError, explain
 from gglspeedup.kernels import sample_gpu as gpu
 from gglspeedup.kernels.bounds import MAX_HOPS
 from gglspeedup.kernels.cuda import Runtime
+from gglspeedup.recordings_gpu import Graphs
 
 STATE_SIZE = gpu.FIRST_COUNT + 2 * (MAX_HOPS + 1)
 
@@ -25,6 +28,11 @@ class Bound(NamedTuple):
     rows: int
     edges: int
     nodes: int
+
+
+def table_capacity(nodes: int) -> int:
+    """Return the cells of a hash table: a power of two, at most half full, and a whole number of 64-bit words."""
+    return 1 << max(4, (2 * nodes - 1).bit_length())
 
 
 class Workspace:
@@ -43,11 +51,11 @@ class Workspace:
     def __init__(self, runtime: Runtime, num_nodes: int, key_dtype: Any, hashed: bool) -> None:
         self.runtime = runtime
         self.arrays: dict[str, Any] = {}
-        self.graphs: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self.graphs: Graphs = OrderedDict()
         self.event: Any = None
         self.stamp = 0
         self.hashed = hashed
-        self._key_dtype = key_dtype
+        self.key_dtype = key_dtype
         self._retired: list[Any] = []
         self.counts = runtime.pinned(STATE_SIZE, np.int64)
         self.staging = runtime.pinned(0, np.int64)
@@ -95,7 +103,7 @@ class Workspace:
             ("row_degree", rows, np.uint32),
             ("row_first", rows, np.uint32),
             ("sums", max(gpu.tiles_of(rows, gpu.TILE_ROWS), gpu.tiles_of(hop_edges, gpu.TILE_EDGES)), np.int64),
-            ("neighbour", hop_edges, self._key_dtype),
+            ("neighbour", hop_edges, self.key_dtype),
             ("position", edges, np.int64),
             ("where", edges, np.int32),
             ("first", seeds + edges, np.uint32),
@@ -105,9 +113,8 @@ class Workspace:
             self.grow(name, size, dtype, keep=True)
         if not self.hashed:
             return False
-        # At most half full, and a whole number of 64-bit words.
-        capacity = 1 << max(4, (2 * max(seeds, nodes) - 1).bit_length())
-        fresh = self.grow("keys", capacity, self._key_dtype)
+        capacity = table_capacity(max(seeds, nodes))
+        fresh = self.grow("keys", capacity, self.key_dtype)
         self.grow("values", capacity, np.uint32)
         return fresh
 
@@ -136,3 +143,90 @@ class Workspace:
         counts = self.runtime.read(self.arrays["state"][gpu.BAD_RANGE : end], self.counts[gpu.BAD_RANGE : end])
         self._retired.clear()
         return counts
+
+
+class BatchesWorkspace(Workspace):
+    """The buffers of several batches in flight together, each with a hash table and an equal part of every buffer."""
+
+    def __init__(self, runtime: Runtime, key_dtype: Any) -> None:
+        super().__init__(runtime, 0, key_dtype, True)
+        self._cells = 0  # of the tables in use, and of one of them
+        self._capacity = 0
+
+    def reserve_states(self, batches: int, seeds: int) -> None:
+        """Make room for the states, and for the seeds behind them."""
+        size = batches * gpu.BATCH_STATE_SIZE + seeds
+        if self.grow("state", size, np.int64):
+            self.staging = self.runtime.pinned(size, np.int64)
+            self.counts = self.runtime.pinned(size, np.int64)
+
+    def reserve_batches(self, batches: int, stride: int, nodes: int) -> None:
+        """Make room for `batches`, each of up to `stride` seeds and edges and `nodes` nodes."""
+        for name, dtype in (
+            ("row_start", np.int64), ("row_degree", np.uint32), ("row_first", np.uint32), ("sums", np.int64),
+            ("neighbour", self.key_dtype), ("position", np.int64), ("where", np.int32), ("first", np.uint32),
+            ("local_id", np.int32), ("nodes", np.int64),
+        ):  # fmt: skip
+            self.grow(name, batches * stride, dtype)
+        self._capacity = table_capacity(nodes)
+        self._cells = batches * self._capacity
+        self.grow("keys", self._cells, self.key_dtype)
+        self.grow("values", self._cells, np.uint32)
+
+    def table(self) -> gpu.Table:
+        """Return the batches' tables as launchers take them."""
+        return gpu.Table(self.arrays["keys"], self.arrays["values"], self._capacity - 1, True)
+
+    def clear_table(self, target: gpu.Target) -> None:
+        """Empty the tables."""
+        for name in ("keys", "values"):
+            gpu.fill_ones(target._replace(batches=1), self.arrays[name][: self._cells].view(np.int64))
+
+    def read_states(self, batches: int) -> Any:
+        """Wait for the device; return the states of the batches, a row each."""
+        size = batches * gpu.BATCH_STATE_SIZE
+        found = self.runtime.read(self.arrays["state"][:size], self.counts[:size])
+        self._retired.clear()
+        return found.reshape(batches, gpu.BATCH_STATE_SIZE)
+
+
+AnyWorkspace = TypeVar("AnyWorkspace", bound=Workspace)
+
+
+class Workspaces(Generic[AnyWorkspace]):
+    """The workspaces that no batch uses; any number of threads may take one at once."""
+
+    def __init__(self, runtime: Runtime, make: Callable[[], AnyWorkspace]) -> None:
+        self.free: list[AnyWorkspace] = []
+        self._runtime = runtime
+        self._make = make
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[AnyWorkspace]:
+        """Give a workspace for a batch.
+
+        One that an error leaves in an unknown state is not used again; bad arguments are found either before anything
+        was enqueued or after the read.
+        """
+        with self._lock:
+            workspace = self.free.pop() if self.free else None
+        if workspace is None:
+            workspace = self._make()
+        else:
+            self._runtime.wait(workspace.event)
+        try:
+            yield workspace
+            self._release(workspace)
+        except (ArgumentIndexError, ArgumentValueError):
+            self._release(workspace)
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):  # what was enqueued may still use the buffers that go now
+                self._runtime.read(workspace.arrays["state"][:1])
+            raise
+
+    def _release(self, workspace: AnyWorkspace) -> None:
+        workspace.event = self._runtime.record(workspace.event)
+        with self._lock:
+            self.free.append(workspace)

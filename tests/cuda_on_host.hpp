@@ -28,8 +28,8 @@ void set_body(void (*kernel)(Parameters...), void **arguments, std::index_sequen
 // Run a kernel; `sizes` are the bytes of each argument. Returns what went wrong, or null.
 template <class... Parameters>
 const char *launch(
-    void (*kernel)(Parameters...), unsigned grid, unsigned block, void **arguments, const int *sizes, int count,
-    int how, unsigned long long random_seed, int broken = 0
+    void (*kernel)(Parameters...), unsigned grid, unsigned layers, unsigned block, void **arguments, const int *sizes,
+    int count, int how, unsigned long long random_seed, int broken = 0
 ) {
     const int expected[] = {int(sizeof(Parameters))...};
     if (count != int(sizeof...(Parameters))) return "wrong number of arguments";
@@ -41,10 +41,11 @@ const char *launch(
     broken_line = broken;
     random_state = random_seed | 1;
     gridDim.x = grid;
+    gridDim.y = layers;
     blockDim.x = threads = block;
     forget_races();
     set_body(kernel, arguments, std::index_sequence_for<Parameters...>());
-    run_grid(grid);
+    run_grid(grid * layers);
     return problem;
 }
 

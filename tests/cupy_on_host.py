@@ -414,9 +414,9 @@ class CupyOnHost(ModuleType):
         self.faults.reach("launch")
         recorded = self.get_current_stream().recorded
         if recorded is not None:
-            recorded.append((kernel, grid[0], block[0], arguments))
+            recorded.append((kernel, grid[0], block[0], arguments, *grid[1:]))
         else:
-            self.host.launch(kernel, grid[0], block[0], arguments)
+            self.host.launch(kernel, grid[0], block[0], arguments, *grid[1:])
 
     def replay(self, recorded: Any) -> None:
         """Run what was recorded."""

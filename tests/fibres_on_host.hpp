@@ -113,7 +113,8 @@ inline void run_fibre(unsigned index) {
     Fibre &fibre = *fibres[index];
     current = index;
     threadIdx.x = index % threads;
-    blockIdx.x = block_of(index).index;
+    blockIdx.x = block_of(index).index % gridDim.x;
+    blockIdx.y = block_of(index).index / gridDim.x;
     if (_setjmp(scheduler_place) != 0) return;
     if (fibre.started) _longjmp(fibre.place, 1);
     fibre.started = true;

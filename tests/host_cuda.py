@@ -62,9 +62,9 @@ def _compile(kernel: Kernel, folder: Path, watched: bool, tiles: dict[str, int])
     for width in re.findall(r"^ROW_KERNELS\((\d+),", source, re.MULTILINE):
         names += [f"gather_rows_{width}", f"scatter_rows_{width}"]
     launchers = "\n".join(
-        f'extern "C" const char *launch_{name}(unsigned grid, unsigned block, void **arguments, const int *sizes, '
-        "int count, int how, unsigned long long seed, int broken) "
-        f"{{ return host::launch({name}, grid, block, arguments, sizes, count, how, seed, broken); }}"
+        f'extern "C" const char *launch_{name}(unsigned grid, unsigned layers, unsigned block, void **arguments, '
+        "const int *sizes, int count, int how, unsigned long long seed, int broken) "
+        f"{{ return host::launch({name}, grid, layers, block, arguments, sizes, count, how, seed, broken); }}"
         for name in names
     )
     kind = [*kernel.macros, *(["watched"] if watched else []), *map(str, tiles.values())]
@@ -173,18 +173,18 @@ class HostRuntime:
         out[...] = device
         return out
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         recorded = self._recorded()
         if recorded is not None:
-            recorded.append((kernel, grid, block, tuple(arguments)))
+            recorded.append((kernel, grid, block, tuple(arguments), layers))
             return
         with self._lock:
-            self._launch(kernel, grid, block, arguments)
+            self._launch(kernel, grid, block, arguments, layers)
 
     def _recorded(self) -> list[Any] | None:
         return getattr(self._recording, "launches", None)
 
-    def _launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def _launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         key = (kernel.file, kernel.macros)
         library = self._libraries.get(key)
         if library is None:
@@ -204,7 +204,7 @@ class HostRuntime:
         function.restype = ctypes.c_char_p
         self.seed += 1
         problem = function(
-            ctypes.c_uint(grid), ctypes.c_uint(block), pointers, sizes, ctypes.c_int(len(cells)),
+            ctypes.c_uint(grid), ctypes.c_uint(layers), ctypes.c_uint(block), pointers, sizes, ctypes.c_int(len(cells)),
             ctypes.c_int({**ORDERS, **WATCHED}[self.order]),
             ctypes.c_ulonglong(0x9E3779B97F4A7C15 * self.seed % (1 << 64)), ctypes.c_int(self.broken_line),
         )  # fmt: skip
@@ -229,8 +229,8 @@ class HostRuntime:
             del self._recording.launches
 
     def replay(self, graph: Any) -> None:
-        for kernel, grid, block, arguments in graph:
-            self.launch(kernel, grid, block, arguments)
+        for launch in graph:
+            self.launch(*launch)
 
     def record(self, event: Any = None) -> Any:
         return event or object()
@@ -263,9 +263,9 @@ class CountingRuntime(CudaRuntime):
         self.reads += 1
         return super().read(device, out)
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         self.launches.append(kernel.name)
-        super().launch(kernel, grid, block, arguments)
+        super().launch(kernel, grid, block, arguments, layers)
 
 
 def to_host(array: Any) -> Any:

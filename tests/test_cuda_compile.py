@@ -18,14 +18,19 @@ VARIANTS = [
         ("sample.cu", sample_gpu.macros_of(dtype, hashed, in_pieces))
         for dtype, hashed, in_pieces in itertools.product((np.int32, np.int64), (False, True), (False, True))
     ),
+    *(
+        ("sample.cu", sample_gpu.macros_of(dtype, True, in_pieces, many=True))
+        for dtype, in_pieces in itertools.product((np.int32, np.int64), (False, True))
+    ),
     ("gather.cu", ()),
     ("gather.cu", ("IN_PIECES",)),
 ]
-_ALWAYS = ((), ("INDEX64", "HASH_TABLE", "IN_PIECES"))  # the two that differ most, for one architecture
+_ALWAYS = ((), ("INDEX64", "HASH_TABLE", "IN_PIECES", "MANY_BATCHES"))  # the two that differ most, for one architecture
 KERNELS = {
     "sample.cu": {
         "fill_ones", "refill_table", "insert_seeds", "check_seeds", "count_rows", "scan_sums", "draw_8", "draw_16",
         "draw_32", "draw_128", "draw_1024", "draw_all", "count_first", "assign", "emit_edges", "copy_ids",
+        "place_outputs", "emit_batches",
     },
     "gather.cu": {"check_ids", *(f"{op}_rows_{width}" for op in ("gather", "scatter") for width in (16, 8, 4, 2, 1))},
 }  # fmt: skip

@@ -216,7 +216,7 @@ def test_the_host_finds_what_the_device_leaves_undefined(tmp_path_factory, tmp_p
     unit = tmp_path / "wrong.cpp"
     unit.write_text(
         f'#include "cuda_on_host.hpp"\nvoid wrong() {{ {body} }}\n'
-        "int main() { const char *found = host::launch(wrong, 1, 64, nullptr, nullptr, 0, 0, 1);"
+        "int main() { const char *found = host::launch(wrong, 1, 1, 64, nullptr, nullptr, 0, 0, 1);"
         ' std::puts(found ? found : ""); }\n',
         encoding="utf-8",
     )

@@ -141,7 +141,7 @@ def test_kernels_are_compiled_once(fake):
     assert [module["options"] for module in modules] == [("-std=c++17", "-DINDEX64"), ("-std=c++17",)]
     assert modules[0]["code"] == cuda.kernel_source("sample.cu") and modules[0]["backend"] == "nvrtc"
     launches = [entry for entry in fake.log if isinstance(entry, tuple)]
-    assert launches[1:3] == [("draw_8", (3,), (64,), (1, 2)), ("draw_16", (3,), (64,), (1, 2))]
+    assert launches[1:3] == [("draw_8", (3, 1), (64,), (1, 2)), ("draw_16", (3, 1), (64,), (1, 2))]
 
 
 def test_forks_are_refused(fake, monkeypatch):

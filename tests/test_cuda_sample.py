@@ -179,7 +179,7 @@ def test_workspaces_and_graphs_are_used_again(new_runtime, table):
     for batch in range(12):  # batches of many sizes: buffers grow, graphs are dropped and recorded again
         count = int(rng.integers(0, 80))
         check(sampler, graph, rng.permutation(300)[:count], [[4, 3], [10], [40, 2]][batch % 3], batch=batch)
-    assert len(sampler._free) == 1
+    assert len(sampler._workspaces.free) == 1
 
 
 def test_replayed_graphs_equal_launches(new_runtime, monkeypatch):
@@ -231,7 +231,7 @@ def test_few_graphs_are_kept(new_runtime):
     for _ in range(2):
         for fanout in range(1, 15):
             check(sampler, graph, [1, 2, 3], [fanout])
-    assert len(sampler._free[0].graphs) <= 8
+    assert len(sampler._workspaces.free[0].graphs) <= 8
 
 
 def test_the_table_starts_anew_when_stamps_run_out(new_runtime, monkeypatch):
@@ -242,7 +242,7 @@ def test_the_table_starts_anew_when_stamps_run_out(new_runtime, monkeypatch):
     stamps = []
     for batch in range(11):
         check(sampler, graph, [5, 9, batch + 10], [3, 2], batch=batch)
-        stamps.append(sampler._free[0].stamp)
+        stamps.append(sampler._workspaces.free[0].stamp)
     assert stamps == [3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1]
     assert runtime.launches.count("fill_ones") == 3
 
@@ -313,7 +313,7 @@ def test_max_degree_makes_buffers_smaller(new_runtime):
     graph = random_graph(np.random.default_rng(5), 600, 8)
     sampler = make(new_runtime(), graph, max_degree=int(graph.degree().max()))
     check(sampler, graph, [1, 2, 3], [-1])
-    assert len(sampler._free[0].arrays["position"]) <= 4 * 8
+    assert len(sampler._workspaces.free[0].arrays["position"]) <= 4 * 8
 
 
 def test_two_threads(new_runtime):
@@ -342,7 +342,7 @@ def test_two_threads(new_runtime):
     for thread in threads:
         thread.join()
     assert not failures, failures[0]
-    assert 1 <= len(sampler._free) <= 2
+    assert 1 <= len(sampler._workspaces.free) <= 2
 
 
 def test_an_unknown_error_drops_the_workspace(new_runtime, monkeypatch):
@@ -354,7 +354,7 @@ def test_an_unknown_error_drops_the_workspace(new_runtime, monkeypatch):
     with pytest.raises(RuntimeError, match="device lost"):
         sampler.sample(np.array([1, 2]), [5], seed=0, batch=0)
     monkeypatch.undo()
-    assert not sampler._free
+    assert not sampler._workspaces.free
     check(sampler, graph, [1, 2], [5])
 
 

@@ -61,13 +61,33 @@ class Sampling:
         if 0 not in seeds.tolist():
             seeds[0] = 0  # the hub
         options = {"seed": 3, "batch": seed, "expand": ("layer", "frontier")[seed % 2], "replace": seed % 5 == 4}
-        n_id, hops = self.sampler.sample(seeds, self.sizes, **options)
+        self.compare(self.sampler.sample(seeds, self.sizes, **options), seeds, options)
+
+    def compare(self, result, seeds, options):
         expected = naive.sample(self.graph.indptr, self.graph.indices, seeds.tolist(), self.sizes, **options)
-        np.testing.assert_array_equal(n_id, expected[0])
-        for hop, other in zip(hops, expected[1], strict=True):
+        np.testing.assert_array_equal(result[0], expected[0])
+        for hop, other in zip(result[1], expected[1], strict=True):
             np.testing.assert_array_equal(hop[0], other[0])
             np.testing.assert_array_equal(hop[1], other[1])
             assert hop[2] == other[2]
+
+
+class Many(Sampling):
+    """Several batches in the same launches, each compared with the naive one."""
+
+    def __init__(self, runtime, name):
+        super().__init__(runtime, "hash", name)
+        self.sampler._many._max_edges = 1 << 26
+
+    def __call__(self, seed):
+        rng = np.random.default_rng(seed)
+        most = 40 if self.sizes[0] == 5 else 5
+        batches = [(rng.permutation(NODES)[: most - at], seed + at) for at in range(3)]
+        options = {"seed": 3, "expand": ("layer", "frontier")[seed % 2], "replace": seed % 5 == 4}
+        made = self.sampler.sample_many(batches, self.sizes, **options)
+        assert len(self.sampler._many._workspaces.free) == 1  # they were sampled together
+        for result, (seeds, number) in zip(made, batches, strict=True):
+            self.compare(result, seeds, {**options, "batch": number})
 
 
 class BadSeeds:
@@ -122,8 +142,8 @@ class Gathering:
 def everything(runtime):
     """All there is to check, on one runtime."""
     return [
-        *(Sampling(runtime, *case) for case in CASES), *(BadSeeds(runtime, table) for table in ("dense", "hash")),
-        Gathering(runtime),
+        *(Sampling(runtime, *case) for case in CASES), *(Many(runtime, name) for name in SIZES),
+        *(BadSeeds(runtime, table) for table in ("dense", "hash")), Gathering(runtime),
     ]  # fmt: skip
 
 

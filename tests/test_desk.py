@@ -149,7 +149,7 @@ class Launches:
     def __init__(self) -> None:
         self.threads: dict[str, set[int]] = {}
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         self.threads.setdefault(kernel.name, set()).add(block)
 
 
@@ -173,6 +173,8 @@ def test_threads_are_those_of_the_launchers() -> None:
     sample_gpu.assign(target, 9, None, 0, *[None] * 5)
     sample_gpu.emit_edges(target, 9, 0, 9, *[None] * 7)
     sample_gpu.copy_ids(target, 9, None, None)
+    sample_gpu.place_outputs(target, None, 2)
+    sample_gpu.emit_batches(target, 9, None, 2, *[None] * 7)
     rows, ids = np.zeros((9, 16), np.uint8), np.zeros(9, np.int64)
     for width in (16, 8, 4, 2, 1):
         gather_gpu.gather_rows(runtime, None, None, rows, 9, ids, rows, width, None, None)

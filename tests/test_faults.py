@@ -165,6 +165,32 @@ def sampling(where: str, hops: tuple[int, ...] = (3, 2)) -> list[Step]:
     return [make, take([1, 2, 3], 1), take([4, 7, 8], 2), take([0, 9, 3], 3), take(list(range(20)), 4), count]
 
 
+def sampling_many(where: str) -> list[Step]:
+    """Make a sampler and take several batches at once: launched, recorded, replayed, more of them, and one by one."""
+
+    def make(held: Any) -> None:
+        held.sampler = GPUSampler(0, GRAPH, [3, 2], seed=4, placement=where)
+
+    def take(*counts: int, on_device: bool = False) -> Step:
+        def step(held: Any) -> Any:
+            seeds = [np.arange(count)[::-1].copy() for count in counts]
+            if on_device:
+                with held.cupy.faults.off():
+                    seeds[0] = held.cupy.asarray(seeds[0])
+            made = held.sampler.sample_many([(ids, None) for ids in seeds])
+            return [(b.batch, b.n_id, *(part for adj in b.adjs for part in adj)) for b in made]
+
+        return step
+
+    return [make, take(3, 2), take(4, 4), take(4, 3), take(2, 9, 1), take(3, 2, on_device=True), take(5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("where", "every"), [("device", True), ("uva", False)])
+def test_sampling_many(cupy, where, every):
+    check_all(cupy, sampling_many(where), every)
+
+
 @pytest.mark.parametrize(("where", "every"), in_ci("device", "uva"))
 def test_sampling(cupy, where, every):
     check_all(cupy, sampling(where), every)

@@ -62,6 +62,27 @@ def test_equals_cpu(graph, placement, expand, replace, sizes):
         assert bits(gpu.sample(seeds)) == bits(cpu.sample(seeds))
 
 
+@pytest.mark.parametrize("placement", ["device", "uva"])
+@pytest.mark.parametrize("sizes", [[15, 10, 5], [33, 7], [-1, 3]])
+def test_several_batches_at_once_equal_cpu(graph, placement, sizes):
+    import cupy
+
+    options = {"sizes": sizes, "seed": 2**63 + 17}
+    cpu, gpu = GPUSampler("cpu", graph, **options), GPUSampler(0, graph, placement=placement, **options)
+    order = np.random.default_rng(2).permutation(graph.num_nodes)
+    for counts in ((64, 64, 64), (64, 64, 64), (64, 50, 64), (0, 1), (16,) * 70, (300, 7), (9,), ()):
+        begins = np.cumsum((0, *counts))
+        batches = [(order[low : low + count], None) for low, count in zip(begins, counts, strict=False)]
+        expected = [bits(cpu.sample(*batch)) for batch in batches]
+        assert [bits(batch) for batch in gpu.sample_many(batches)] == expected
+        numbered = [(cupy.asarray(seeds), 2**40 + at) for at, (seeds, _) in enumerate(batches)]
+        expected = [bits(cpu.sample(seeds.get(), number)) for seeds, number in numbered]
+        assert [bits(batch) for batch in gpu.sample_many(numbered)] == expected
+    with pytest.raises(GGLSpeedupError, match="got -4 at position 1"):
+        gpu.sample_many([([1, 2], None), ([0, -4], None)])
+    assert gpu.sample([5]).batch == cpu.sample([5]).batch
+
+
 def test_wide_indices_and_no_edge_ids(graph):
     plain = CSRGraph(graph.indptr, graph.indices)
     wide = CSRGraph(graph.indptr, graph.indices)

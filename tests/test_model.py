@@ -11,6 +11,7 @@ from host_cuda import HostRuntime
 
 from benchmarks.graphs import products_like
 from benchmarks.model import COPY, Hop, Touched, floor, gathered, hops_of, sampled, sectors
+from benchmarks.model_many import BEGIN, CASES, END, together
 from benchmarks.model_table import SIZES, text
 from benchmarks.recorder import Launch
 from gglspeedup import GPUSampler
@@ -83,3 +84,27 @@ def test_gathers():
 
 def test_the_tables_are_made(graph):
     assert text(graph).count("PREDICTED") > 8
+
+
+def test_several_batches_are_launched_as_the_kernels_on_the_host_are(graph, tmp_path_factory):
+    many = together(graph, (4, 3), 16, 5)
+    runtime = HostRuntime(tmp_path_factory.getbasetemp())
+    sampler = place_graph(graph, runtime, "device", 1 << 60)
+    rng = np.random.default_rng(0)
+    given = [(rng.permutation(graph.num_nodes)[:16], number) for number in range(5)]
+    for _ in range(3):
+        runtime.launches.clear()
+        before = runtime.reads
+        sampler.sample_many(given, (4, 3), seed=0)
+    assert [launch.kernel for launch in many.launches] == runtime.launches
+    assert many.calls.count("read") == runtime.reads - before == 1
+    assert {launch.layers for launch in many.launches if "fill" not in launch.kernel} == {1, 5}
+    assert many.kernels < 2 * sum(cost.resident for cost in sampled(graph, (4, 3), 16).costs)
+
+
+def test_the_document_has_the_launches_of_several_batches(graph):
+    found = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)[1].split(END)[0]
+    for sizes, count, batches in CASES:
+        one, many = sampled(graph, sizes, count), together(graph, sizes, count, batches)
+        head = f"| {list(sizes)} | {count} | {batches} | {batches * len(one.costs)} | {len(many.launches)} |"
+        assert found.count(head) == 1, "python -m benchmarks.model_many"

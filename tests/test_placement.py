@@ -132,7 +132,7 @@ def test_graphs_anywhere(runtime, placement, with_ids, free, refuse, monkeypatch
     if placement == "auto":
         assert ("pinned host memory" if host_memory else "GPU memory") in caplog.text
     assert sampler._hashed == (free == 4000)
-    in_place = np.shares_memory(np.asarray(sampler._graph[1]), graph.indices)
+    in_place = np.shares_memory(np.asarray(sampler._graph.indices), graph.indices)
     assert in_place == (host_memory and not refuse)
     seeds = np.arange(20)
     n_id, hops = sampler.sample(seeds, (3, 2), seed=1, batch=2, replace=False, expand="layer")
@@ -156,7 +156,7 @@ def test_a_graph_beyond_the_memory_is_sampled_where_it_is(runtime, monkeypatch, 
     monkeypatch.setattr(runtime, "to_device", refuse)
     sampler = place_graph(graph, runtime, "device", PLENTY)
     assert "does not fit into GPU memory" in caplog.text
-    assert np.shares_memory(np.asarray(sampler._graph[1]), graph.indices)
+    assert np.shares_memory(np.asarray(sampler._graph.indices), graph.indices)
 
 
 def test_ids_of_the_device_are_taken_as_they_are(runtime):

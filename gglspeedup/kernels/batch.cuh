@@ -1,7 +1,8 @@
 // What the kernels of a batch share: types, the counts in `state`, the rows of a hop, and the table of nodes.
 // Needs philox.cuh before it.
 //
-// Macros: INDEX64 (indices are 64-bit), HASH_TABLE (open addressing; else one entry a node).
+// Macros: INDEX64 (indices are 64-bit), HASH_TABLE (open addressing; else one entry a node), MANY_BATCHES (several in a
+// launch; needs HASH_TABLE).
 
 #ifdef INDEX64
 typedef i64 Index;
@@ -16,10 +17,30 @@ typedef u32 Key;
 #define TILE_EDGES 1024  // edges of one block sum: 8 warps, 4 rounds of 32
 #define EDGE_THREADS 256
 #define MAX_FANOUT 1024
+#define MOST_HOPS 16  // of several batches in a launch
 
 // Cells of `state`; sample_gpu.py has the same.
-enum { SEEDS = 0, SEED = 1, BATCH = 2, STAMP = 3, BAD_RANGE = 4, BAD_DUPLICATE = 5, NODES = 6, EDGES = 7 };
+enum {
+    SEEDS = 0, SEED = 1, BATCH = 2, STAMP = 3, STRIDE = 4, FIRST_SEED = 5, OUTPUT = 6, BAD_RANGE = 7, BAD_DUPLICATE = 8,
+    NODES = 9, EDGES = 10, STATE_SIZE = NODES + 2 * (MOST_HOPS + 1)
+};
 #define NONE 0x7FFFFFFFFFFFFFFFLL
+
+// Of several batches in a launch, blockIdx.y is the number of the block's. Each has a state of its own, a part of every
+// array, which begins a stride after that of the batch before, and a table. OWN makes pointers those of the block's batch.
+#ifdef MANY_BATCHES
+template <class State, class... Arrays> __device__ __forceinline__ void own(State &state, Arrays &...arrays) {
+    state += blockIdx.y * (unsigned)STATE_SIZE;
+    const i64 begin = blockIdx.y * state[STRIDE];
+    (void)begin;
+    ((arrays += begin), ...);
+}
+#define OWN(...) own(__VA_ARGS__)
+#define OWN_SEEDS(state, seeds) seeds += state[FIRST_SEED]
+#else
+#define OWN(...)
+#define OWN_SEEDS(state, seeds)
+#endif
 
 __device__ __forceinline__ i64 nodes_before(const i64 *state, int hop) { return state[NODES + 2 * hop]; }
 __device__ __forceinline__ i64 edges_before(const i64 *state, int hop) { return state[EDGES + 2 * hop]; }
@@ -102,6 +123,10 @@ __device__ __forceinline__ u32 smallest(const Table &table, i64 node, u32) { ret
 #endif
 
 __device__ __forceinline__ Table table_of(const i64 *state, Entry *keys, u32 *values, i64 mask) {
+#ifdef MANY_BATCHES
+    keys += blockIdx.y * (mask + 1);
+    values += blockIdx.y * (mask + 1);
+#endif
     const Table table = {keys, values, (u64)mask, (u64)state[STAMP]};
     return table;
 }

@@ -77,8 +77,11 @@ class Runtime(Protocol):
     def read(self, device: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         """Return a device array's values, once all that was enqueued before has run. The one wait of the host."""
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
-        """Enqueue a kernel; arguments are device arrays and NumPy scalars of the parameters' types."""
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
+        """Enqueue a kernel of `grid` times `layers` blocks.
+
+        Arguments are device arrays and NumPy scalars of the parameters' types.
+        """
 
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """Record, not run, what `enqueue` launches. All its kernels must have been launched before."""
@@ -273,12 +276,12 @@ class CudaRuntime:
         self._cupy.cuda.get_current_stream().synchronize()
         return host
 
-    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any]) -> None:
+    def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         """Enqueue a kernel, compiled now if it never was (CuPy keeps the machine code on disk)."""
         function = self._kernels.get(kernel)
         if function is None:
             function = self._compile(kernel)
-        function((grid,), (block,), tuple(arguments))
+        function((grid, layers), (block,), tuple(arguments))
 
     def _compile(self, kernel: Kernel) -> Any:
         with self._lock:

@@ -43,6 +43,7 @@ __device__ __forceinline__ void write_edge(
 
 // WIDTH lanes a row, one lane a pick: fanout <= WIDTH <= 32. All 32 lanes stay together.
 template <int WIDTH> __device__ __forceinline__ void draw_narrow(DRAW_PARAMETERS) {
+    OWN(state, nodes, row_start, row_degree, row_first, sums, neighbour, position, target, first);
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};
@@ -94,6 +95,7 @@ extern "C" __global__ void draw_32(DRAW_PARAMETERS) { draw_narrow<32>(DRAW_ARGUM
 template <int LARGEST> __device__ __forceinline__ void draw_wide(DRAW_PARAMETERS) {
     __shared__ u32 cell_value[2 * LARGEST], cell_index[2 * LARGEST];
     __shared__ unsigned short cell_of[LARGEST], chains[2][LARGEST];
+    OWN(state, nodes, row_start, row_degree, row_first, sums, neighbour, position, target, first);
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};
@@ -184,6 +186,7 @@ __device__ __forceinline__ u32 row_of(u32 edge, u32 low, u32 high, const u32 *ro
 // Every neighbour of every row: threads are dealt out by edges, so that a hub's row is shared by many blocks.
 extern "C" __global__ void draw_all(DRAW_PARAMETERS) {
     __shared__ u32 ends[2];
+    OWN(state, nodes, row_start, row_degree, row_first, sums, neighbour, position, target, first);
     const Rows rows = rows_of(state, hop, frontier);
     const Table table = table_of(state, keys, values, mask);
     const Output out = {neighbour, position, target, first};

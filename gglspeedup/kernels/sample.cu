@@ -12,6 +12,9 @@
 //   and after the one read:
 //   emit_edges (a hop), copy_ids
 //
+// Several batches in a launch (macro MANY_BATCHES) have the same kernels, with blocks of their own each, and then
+//   place_outputs, the one read, and emit_batches
+//
 // The table gives for each node the smallest position it occurs at, by atomic minimum: no result depends on which
 // thread came first. Positions count through the batch: the seeds, the edges of hop 0, of hop 1, ...
 
@@ -33,6 +36,7 @@ extern "C" __global__ void refill_table(
     const i64 *state, int hop, const i64 *nodes, const int *local_id, const u32 *first, Entry *keys, u32 *values,
     i64 mask
 ) {
+    OWN(state, nodes, local_id, first);
     const Table table = table_of(state, keys, values, mask);
     const i64 end = state[SEEDS] + edges_before(state, hop);
     for (i64 p = (i64)blockIdx.x * blockDim.x + threadIdx.x; p < end; p += (i64)gridDim.x * blockDim.x)
@@ -43,6 +47,8 @@ extern "C" __global__ void insert_seeds(
     i64 *state, const i64 *seeds, i64 num_nodes, i64 *nodes, int *local_id, u32 *first, Entry *keys, u32 *values,
     i64 mask
 ) {
+    OWN(state, nodes, local_id, first);
+    OWN_SEEDS(state, seeds);
     const Table table = table_of(state, keys, values, mask);
     const i64 count = state[SEEDS];
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
@@ -60,6 +66,8 @@ extern "C" __global__ void insert_seeds(
 extern "C" __global__ void check_seeds(
     i64 *state, const i64 *seeds, i64 num_nodes, u32 *first, Entry *keys, u32 *values, i64 mask
 ) {
+    OWN(state, first);
+    OWN_SEEDS(state, seeds);
     const Table table = table_of(state, keys, values, mask);
     const i64 count = state[SEEDS];
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x) {
@@ -101,6 +109,7 @@ extern "C" REGISTERS(32) __global__ void count_rows(
     const i64 *state, int hop, int frontier, int fanout, int replace, VECTOR(i64) indptr, const i64 *nodes,
     i64 *row_start, u32 *row_degree, u32 *row_first, i64 *sums
 ) {
+    OWN(state, nodes, row_start, row_degree, row_first, sums);
     const Rows rows = rows_of(state, hop, frontier);
     const i64 tiles = (rows.count + TILE_ROWS - 1) / TILE_ROWS;
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -121,8 +130,9 @@ extern "C" REGISTERS(32) __global__ void count_rows(
     }
 }
 
-// One block: replace the sums of tiles by those before them, and add up the hop's edges (of_rows) or new nodes.
+// One block a batch: replace the sums of tiles by those before them, and add up the hop's edges (of_rows) or new nodes.
 extern "C" __global__ void scan_sums(i64 *state, int hop, int frontier, int of_rows, i64 *sums) {
+    OWN(state, sums);
     i64 tiles;
     if (of_rows) {
         tiles = (rows_of(state, hop, frontier).count + TILE_ROWS - 1) / TILE_ROWS;
@@ -152,6 +162,7 @@ extern "C" __global__ void scan_sums(i64 *state, int hop, int frontier, int of_r
 extern "C" REGISTERS(32) __global__ void count_first(
     const i64 *state, int hop, const Index *neighbour, u32 *first, i64 *sums, Entry *keys, u32 *values, i64 mask
 ) {
+    OWN(state, neighbour, first, sums);
     __shared__ int warp_counts[EDGE_THREADS / 32];
     const Table table = table_of(state, keys, values, mask);
     const i64 low = edges_before(state, hop), count = edges_before(state, hop + 1) - low, base = state[SEEDS] + low;
@@ -189,6 +200,7 @@ extern "C" REGISTERS(32) __global__ void assign(
     const i64 *state, int hop, const Index *__restrict__ neighbour, const u32 *first, const i64 *sums, i64 *nodes,
     int *local_id
 ) {
+    OWN(state, neighbour, first, sums, nodes, local_id);
     __shared__ int warp_counts[EDGE_THREADS / 32];
     const i64 low = edges_before(state, hop), count = edges_before(state, hop + 1) - low, base = state[SEEDS] + low;
     const i64 known = nodes_before(state, hop);
@@ -226,7 +238,7 @@ extern "C" REGISTERS(32) __global__ void assign(
 // --- what the caller gets -------------------------------------------------------------------------------------------
 
 // The edges [low, low + count) of the batch; `seeds` is the number of seeds.
-extern "C" __global__ void emit_edges(
+__device__ __forceinline__ void emit(
     i64 seeds, i64 low, i64 count, const u32 *__restrict__ first, const int *__restrict__ local_id,
     const i64 *__restrict__ position, const int *__restrict__ target, int has_edge_ids, VECTOR(i64) edge_ids,
     i64 *edge_index, i64 *e_id
@@ -244,7 +256,61 @@ extern "C" __global__ void emit_edges(
     }
 }
 
+extern "C" __global__ void emit_edges(
+    i64 seeds, i64 low, i64 count, const u32 *__restrict__ first, const int *__restrict__ local_id,
+    const i64 *__restrict__ position, const int *__restrict__ target, int has_edge_ids, VECTOR(i64) edge_ids,
+    i64 *edge_index, i64 *e_id
+) {
+    emit(seeds, low, count, first, local_id, position, target, has_edge_ids, edge_ids, edge_index, e_id);
+}
+
 extern "C" __global__ void copy_ids(i64 count, const i64 *__restrict__ from, i64 *to) {
     for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
         to[i] = from[i];
+}
+
+// --- what the caller of several batches gets, in one buffer -------------------------------------------------------------------
+
+// Arrays of the output begin on 64 bytes.
+__device__ __forceinline__ i64 room_of(i64 cells) { return (cells + 7) / 8 * 8; }
+
+// Find where each batch's output begins: its nodes, then edge_index and e_id of every hop.
+extern "C" __global__ void place_outputs(i64 *state, int hops, int batches) {
+    i64 carry = 0;
+    for (int low = 0; low < batches; low += blockDim.x) {
+        const int batch = low + threadIdx.x;
+        i64 *own_state = state + (i64)batch * STATE_SIZE;
+        i64 cells = 0;
+        if (batch < batches) {
+            cells = room_of(nodes_before(own_state, hops));
+            for (int hop = 0; hop < hops; ++hop) {
+                const i64 edges = edges_before(own_state, hop + 1) - edges_before(own_state, hop);
+                cells += room_of(2 * edges) + room_of(edges);
+            }
+        }
+        i64 total;
+        const i64 before = block_scan(cells, total);
+        if (batch < batches) own_state[OUTPUT] = carry + before;
+        carry += total;
+    }
+}
+
+extern "C" __global__ void emit_batches(
+    const i64 *state, int hops, const i64 *__restrict__ nodes, const u32 *__restrict__ first,
+    const int *__restrict__ local_id, const i64 *__restrict__ position, const int *__restrict__ target,
+    int has_edge_ids, VECTOR(i64) edge_ids, i64 *output
+) {
+    OWN(state, nodes, first, local_id, position, target);
+    const i64 count = nodes_before(state, hops);
+    i64 *to = output + state[OUTPUT];
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (i64)gridDim.x * blockDim.x)
+        to[i] = nodes[i];
+    to += room_of(count);
+#pragma unroll 1
+    for (int hop = 0; hop < hops; ++hop) {
+        const i64 low = edges_before(state, hop), edges = edges_before(state, hop + 1) - low;
+        i64 *e_id = to + room_of(2 * edges);
+        emit(state[SEEDS], low, edges, first, local_id, position, target, has_edge_ids, edge_ids, to, e_id);
+        to = e_id + room_of(edges);
+    }
 }

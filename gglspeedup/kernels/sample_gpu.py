@@ -17,9 +17,14 @@ TILE_ROWS = 256
 TILE_EDGES = 1024
 
 # Cells of `state`: parameters of the batch, the two places of bad seeds, and for every hop the nodes and the
-# edges before it. The seeds lie behind, so that all a batch needs is one copy.
-SEEDS, SEED, BATCH, STAMP, BAD_RANGE, BAD_DUPLICATE, NODES, EDGES, FIRST_COUNT = 0, 1, 2, 3, 4, 5, 6, 7, 6
+# edges before it. The seeds lie behind, so that all a batch needs is one copy. STRIDE, FIRST_SEED and OUTPUT are those
+# of several batches in a launch: from one's arrays to the next one's, and where its seeds and its results begin.
+SEEDS, SEED, BATCH, STAMP, STRIDE, FIRST_SEED, OUTPUT, BAD_RANGE, BAD_DUPLICATE, NODES, EDGES = range(11)
+FIRST_COUNT = NODES
 NONE = (1 << 63) - 1
+
+MOST_HOPS = 16  # of several batches in a launch, whose states have a fixed size
+BATCH_STATE_SIZE = FIRST_COUNT + 2 * (MOST_HOPS + 1)
 
 _THREADS = 256
 _SCAN_THREADS = 1024
@@ -44,20 +49,25 @@ class Table(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Which kernels run: the runtime, and the macros that the graph and the table ask for."""
+    """Which kernels run: the runtime, the macros that the graph and the table ask for, and for how many batches."""
 
     runtime: Runtime
     macros: tuple[str, ...]
+    batches: int = 1
 
     def launch(self, name: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
         """Enqueue a kernel of sample.cu."""
         kernel = Kernel("sample.cu", name, self.macros)
-        self.runtime.launch(kernel, max(1, min(blocks, MAX_BLOCKS)), threads, arguments)
+        most = max(1, MAX_BLOCKS // self.batches)
+        self.runtime.launch(kernel, max(1, min(blocks, most)), threads, arguments, self.batches)
 
 
-def macros_of(index_dtype: Any, hashed: bool, in_pieces: bool = False) -> tuple[str, ...]:
-    """Return the macros of sample.cu for indices of a dtype, a kind of table, and a graph whole or in pieces."""
-    chosen = {"INDEX64": np.dtype(index_dtype) == np.int64, "HASH_TABLE": hashed, "IN_PIECES": in_pieces}
+def macros_of(index_dtype: Any, hashed: bool, in_pieces: bool = False, many: bool = False) -> tuple[str, ...]:
+    """Return the macros of sample.cu: indices' dtype, kind of table, graph whole or in pieces, one batch or many."""
+    chosen = {
+        "INDEX64": np.dtype(index_dtype) == np.int64, "HASH_TABLE": hashed, "IN_PIECES": in_pieces,
+        "MANY_BATCHES": many,
+    }  # fmt: skip
     return tuple(name for name, wanted in chosen.items() if wanted)
 
 
@@ -182,3 +192,27 @@ def emit_edges(
 def copy_ids(target: Target, count: int, source: Any, destination: Any) -> None:
     """Copy `count` 64-bit ids."""
     target.launch("copy_ids", tiles_of(count, 2 * _THREADS), _THREADS, (np.int64(count), source, destination))
+
+
+def room_of(cells: int) -> int:
+    """Return the cells that an array takes in the output of several batches, whose arrays begin on 64 bytes."""
+    return -(-cells // 8) * 8
+
+
+def place_outputs(target: Target, state: Any, hops: int) -> None:
+    """Find where the output of each of several batches begins; by one block for all."""
+    arguments = (state, np.int32(hops), np.int32(target.batches))
+    target._replace(batches=1).launch("place_outputs", 1, _SCAN_THREADS, arguments)
+
+
+def emit_batches(
+    target: Target, bound: int, state: Any, hops: int, nodes: Any, first: Any, local_id: Any, position: Any, where: Any,
+    edge_ids: Any, output: Any,
+) -> None:  # fmt: skip
+    """Write the nodes and the edges of several batches; `bound` is that of a batch's nodes and of a hop's edges."""
+    has_edge_ids = edge_ids is not None
+    arguments = (
+        state, np.int32(hops), nodes, first, local_id, position, where, np.int32(has_edge_ids),
+        edge_ids if has_edge_ids else position, output,
+    )  # fmt: skip
+    target.launch("emit_batches", tiles_of(bound, 2 * _THREADS), _THREADS, arguments)
