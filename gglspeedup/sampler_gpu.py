@@ -85,14 +85,16 @@ class CudaSampler:
         self._graph = DeviceGraph(
             read[0], read[1], read[2], num_nodes, num_edges, num_edges if max_degree is None else max_degree
         )  # fmt: skip
-        self._hashed = table == "hash"
+        self._hashed = hashed = table == "hash"
+        index_dtype = indices.dtype
         in_pieces = isinstance(indices, DevicePieces)
-        self._target = gpu.Target(runtime, gpu.macros_of(indices.dtype, self._hashed, in_pieces))
+        self._target = gpu.Target(runtime, gpu.macros_of(index_dtype, hashed, in_pieces))
         self._launches = Launches(self._target, self._graph)
         self._recordings = Recordings(runtime, capture)
-        self._workspaces = Workspaces(runtime, lambda: Workspace(runtime, num_nodes, indices.dtype, self._hashed))
-        macros = gpu.macros_of(indices.dtype, True, in_pieces, many=True)
-        self._many = CudaBatches(gpu.Target(runtime, macros), self._graph, indices.dtype, self._recordings, max_edges)
+        # Without `self`: a sampler's memory goes when the sampler does, not at some later collection of cycles.
+        self._workspaces = Workspaces(runtime, lambda: Workspace(runtime, num_nodes, index_dtype, hashed))
+        macros = gpu.macros_of(index_dtype, True, in_pieces, many=True)
+        self._many = CudaBatches(gpu.Target(runtime, macros), self._graph, index_dtype, self._recordings, max_edges)
 
     def sample(
         self, seeds: Any, sizes: Sequence[int], *, seed: int, batch: int, replace: bool = False, expand: str = "layer"

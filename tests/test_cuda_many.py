@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import product
 
 import naive
@@ -155,6 +157,23 @@ def test_each_batch_has_a_table_of_its_own(new_runtime):  # noqa: F811
     keys = to_host(workspace.arrays["keys"]).reshape(3, -1)  # as large as they have to be: the first use
     for own, (n_id, _) in zip(keys, made, strict=True):
         assert sorted(own[own >= 0].tolist()) == sorted(to_host(n_id).tolist())
+
+
+def test_memory_goes_with_the_sampler(new_runtime):  # noqa: F811
+    rng = np.random.default_rng(5)
+    graph = random_graph(rng, 60, 8)
+    gc.disable()
+    try:
+        sampler = make(new_runtime(), graph)
+        check(sampler, graph, some_batches(rng, 60, (3, 4)), [2])
+        check(sampler, graph, some_batches(rng, 60, (3,)), [2])
+        workspaces = [*sampler._workspaces.free, *sampler._many._workspaces.free]
+        held = [weakref.ref(found) for found in (sampler, *workspaces)]
+        workspaces.clear()
+        del sampler
+        assert [found() for found in held] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_seeds_on_the_device(new_runtime):  # noqa: F811
