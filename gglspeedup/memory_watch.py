@@ -80,6 +80,6 @@ class MemoryWatch:
         self._budget.measured(load, predicted, peak, exact)
 
     def _tidy(self, load: BatchLoad) -> bool:
-        if self._handed_out < _ALWAYS or self._handed_out % _EVERY == 0:
+        if self._budget.learn and (self._handed_out < _ALWAYS or self._handed_out % _EVERY == 0):
             return True
         return self._meter.in_use() + self._budget.variable(load) > self._budget.limit
