@@ -49,6 +49,9 @@ class LoaderDataModule(pl.LightningDataModule):  # type: ignore[misc]
         super().__init__()
         for name in {"backend", "rank", "world_size"} & options.keys():
             raise ArgumentTypeError(explain(name, "to be left out", repr(options[name]), "the Trainer decides on it"))
+        if options.get("memory_limit") is not None:
+            got, remedy = repr(options["memory_limit"]), "a Trainer steps after every part of a split batch"
+            raise ArgumentTypeError(explain("memory_limit", "to be left out", got, remedy))
         for name, given in arrays.items():
             if isinstance(given, (GPUSampler, CGPUFeature)):
                 remedy = "pass the graph or the array itself: the Trainer decides on the device"

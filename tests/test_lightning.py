@@ -284,6 +284,7 @@ def test_pickling(tmp_path):
         ({"backend": "numpy"}, "backend"),
         ({"rank": 0}, "rank"),
         ({"world_size": 2}, "world_size"),
+        ({"memory_limit": "1G"}, "memory_limit"),
         ({"train": [0, 0]}, "seeds"),
         ({"val": [-1]}, "seeds"),
         ({"predict": [[1]]}, "seeds"),
