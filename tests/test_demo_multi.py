@@ -145,12 +145,12 @@ def test_runs_as_a_file(name: str, toy: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_reaches_the_accuracy_of_one_process(shared_data: Path, tmp_path: Path) -> None:
-    options = ["--root", str(shared_data), "--seeds", "3", "--quiet", "--out", str(tmp_path)]
+    options = ["--root", str(shared_data), "--seeds", "2", "--quiet", "--out", str(tmp_path)]
     process = start([str(demo_file("sage_torch_ddp")), *options], tmp_path)
     out, errors = ends_alone(process)
     assert process.returncode == 0, errors[-3000:]
-    accuracy = re.search(r"^test accuracy +(\d\.\d+) ± \d\.\d+ \(3 seeds\)$", out, re.MULTILINE)
-    assert accuracy and abs(float(accuracy[1]) - 0.766) <= 0.015, out  # the README has that of one process
+    accuracy = re.search(r"^test accuracy +(\d\.\d+) ± \d\.\d+ \(2 seeds\)$", out, re.MULTILINE)
+    assert accuracy and abs(float(accuracy[1]) - 0.766) <= 0.02, out  # the README has that of one process
 
 
 @pytest.mark.slow
