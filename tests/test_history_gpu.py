@@ -108,6 +108,24 @@ def test_rows_lie_where_they_were_asked_to(on_host, storage):
     assert HistoryStore(NODES, DIMS, 0).storage == "device"
 
 
+def test_copies_over_the_bus_leave_the_device_to_others(on_host, monkeypatch):
+    nodes, grids = 40_000, {}
+    launch = on_host.launch
+
+    def noting(kernel, grid, block, arguments):
+        grids[kernel.name] = max(grid, grids.get(kernel.name, 0))
+        launch(kernel, grid, block, arguments)
+
+    monkeypatch.setattr(on_host, "launch", noting)
+    for storage, most in ("pinned", 32), ("device", -(-nodes * 8 // 1024)):
+        grids.clear()
+        made = HistoryStore(nodes, [32], 0, storage=storage)
+        values = np.arange(nodes * 32, dtype=np.float32).reshape(nodes, 32)
+        made[0].push(values, np.arange(nodes)[::-1])
+        np.testing.assert_array_equal(made[0].pull(np.arange(nodes)), values[::-1])
+        assert {grids["gather_rows_16"], grids["scatter_rows_16"]} == {most}
+
+
 def test_the_cpu_gathers_where_it_is_told_to(on_host, caplog):
     in_place = HistoryStore(NODES, DIMS, 0, storage="pinned")
     staged = HistoryStore(NODES, DIMS, 0, storage="pinned", host_gather=True)

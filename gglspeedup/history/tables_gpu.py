@@ -31,10 +31,14 @@ class CudaTable:
         See `kernels.history`.
     rows : device array [N, dim]
         C-contiguous; in the GPU's memory, or mapped from the host's.
+    most_blocks : int
+        Of the grids that copy rows.
     """
 
-    def __init__(self, runtime: Runtime, stamps: Any, rows: Any) -> None:
-        self._runtime, self.stamps, self.rows = runtime, stamps, rows
+    def __init__(
+        self, runtime: Runtime, stamps: Any, rows: Any, most_blocks: int = gather_gpu.MAX_BLOCKS
+    ) -> None:  # fmt: skip
+        self._runtime, self.stamps, self.rows, self._most_blocks = runtime, stamps, rows, most_blocks
         self._row_bytes = rows.shape[1] * rows.dtype.itemsize
         with runtime.activate():
             self._counters = runtime.zeros(2, np.uint64)
@@ -78,7 +82,9 @@ class CudaTable:
         with runtime.activate():
             positions = runtime.empty(len(ids), np.int64)
             stamp_rows(ids, number, self.stamps, positions, runtime.stream())
-            gather_gpu.scatter_rows(runtime, values, positions, self.rows, self._row_bytes)
+            gather_gpu.scatter_rows(
+                runtime, values, positions, self.rows, self._row_bytes, most_blocks=self._most_blocks
+            )
 
     def push_ranges(self, values: Any, offset: Ids, count: Ids, number: int) -> None:
         """Enqueue the writing of contiguous ranges as push `number`; of ranges that overlap the last one stays."""
@@ -95,8 +101,9 @@ class CudaTable:
         with runtime.activate():
             out = runtime.empty((len(ids), self.rows.shape[1]), self.rows.dtype)
             gather_gpu.gather_rows(
-                runtime, self.rows, None, None, len(self.rows), ids, out, self._row_bytes, self._counters, self._no_bad
-            )
+                runtime, self.rows, None, None, len(self.rows), ids, out, self._row_bytes, self._counters,
+                self._no_bad, most_blocks=self._most_blocks,
+            )  # fmt: skip
         return out
 
     def deliver(self, rows: Any) -> Any:

@@ -32,14 +32,14 @@ def lanes_of(row_words: int) -> int:
     return min(32, 1 << max(0, row_words - 1).bit_length())
 
 
-def _blocks(count: int, lanes: int) -> int:
+def _blocks(count: int, lanes: int, most: int) -> int:
     groups = -(-count // _ROWS)
-    return max(1, min(-(-groups * lanes // _THREADS), MAX_BLOCKS))
+    return max(1, min(-(-groups * lanes // _THREADS), most))
 
 
 def gather_rows(
     runtime: Runtime, hot: Any, slot: Any, cold: Any, num_rows: int, ids: Any, out: Any, row_bytes: int,
-    counters: Any, bad: Any, *, cold_by_slot: bool = False,
+    counters: Any, bad: Any, *, cold_by_slot: bool = False, most_blocks: int = MAX_BLOCKS,
 ) -> None:  # fmt: skip
     """Enqueue out[i] = row ids[i].
 
@@ -65,6 +65,8 @@ def gather_rows(
         The rows served by hot and by cold are added to it.
     bad : device array of uint64, 1 cell
         Becomes the smallest place whose id is bad, if it was larger before: start with all bits set.
+    most_blocks : int
+        Of the grid: a gather beside other work leaves it the rest of the device.
     """
     count = len(ids)
     if count == 0 or row_bytes == 0:
@@ -83,11 +85,13 @@ def gather_rows(
         np.int64(count), np.int64(words), np.int32(lanes), out, counters, bad,
     )  # fmt: skip
     kernel = Kernel("gather.cu", f"gather_rows_{width}", ("IN_PIECES",) if in_pieces else ())
-    runtime.launch(kernel, _blocks(count, lanes), _THREADS, arguments)
+    runtime.launch(kernel, _blocks(count, lanes, most_blocks), _THREADS, arguments)
 
 
-def scatter_rows(runtime: Runtime, staged: Any, positions: Any, out: Any, row_bytes: int) -> None:
-    """Enqueue out[positions[i]] = staged[i]; positions are int64 and distinct."""
+def scatter_rows(
+    runtime: Runtime, staged: Any, positions: Any, out: Any, row_bytes: int, *, most_blocks: int = MAX_BLOCKS
+) -> None:  # fmt: skip
+    """Enqueue out[positions[i]] = staged[i]; positions are int64 and distinct. `most_blocks` as gather_rows'."""
     count = len(positions)
     if count == 0 or row_bytes == 0:
         return
@@ -95,7 +99,8 @@ def scatter_rows(runtime: Runtime, staged: Any, positions: Any, out: Any, row_by
     words = row_bytes // width
     lanes = lanes_of(words)
     arguments = (staged, positions, np.int64(count), np.int64(words), np.int32(lanes), out)
-    runtime.launch(Kernel("gather.cu", f"scatter_rows_{width}"), _blocks(count, lanes), _THREADS, arguments)
+    kernel = Kernel("gather.cu", f"scatter_rows_{width}")
+    runtime.launch(kernel, _blocks(count, lanes, most_blocks), _THREADS, arguments)
 
 
 def check_ids(runtime: Runtime, ids: Any, num_rows: int, bad: Any) -> None:
