@@ -8,6 +8,7 @@ threads, of which sampling and gathering have one each. All give the same batche
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
 import statistics
@@ -96,9 +97,11 @@ def measure(case: Case, graph: gglspeedup.CSRGraph, options: argparse.Namespace)
     for k in range(options.rounds + 1):
         for name in list(runs) if k % 2 else list(runs)[::-1]:
             batches, use = runs[name]
+            # A stage alone has as many buffers in use as it has in the pipeline, so that it finds as much in the cache.
+            alive: collections.deque[Any] = collections.deque(maxlen=2 * options.depth + 2 if name in STAGES[:2] else 0)
             begin = time.perf_counter()
             for batch in batches:
-                use(batch)
+                alive.append(use(batch))
             if k:  # the first round warms up
                 seconds[name].append(time.perf_counter() - begin)
     return seconds

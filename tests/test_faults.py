@@ -30,6 +30,7 @@ from gglspeedup import (
     HistoryStore,
     MultiGPUSampler,
     NodeLoader,
+    adapters,
     device,
     peer_gpu,
     placement,
@@ -57,6 +58,8 @@ def cupy(tmp_path_factory, monkeypatch):
     made = CupyOnHost(HostRuntime(tmp_path_factory.getbasetemp(), tiles=TILES))
     runtimes: dict[int, CudaRuntime] = {}
     monkeypatch.setitem(sys.modules, "cupy", made)
+    monkeypatch.delitem(sys.modules, "gglspeedup.adapters.cupy", raising=False)  # it may have the real one
+    adapters._adapter.cache_clear()
     monkeypatch.setattr(device, "driver_devices", lambda: (2, ""))
     monkeypatch.setattr(device, "_cupy_problem", lambda: "")
     for module in (placement, place):
@@ -74,6 +77,8 @@ def cupy(tmp_path_factory, monkeypatch):
     gc.freeze()  # what is collected between runs is theirs alone, which takes no time
     yield made
     gc.unfreeze()
+    sys.modules.pop("gglspeedup.adapters.cupy", None)
+    adapters._adapter.cache_clear()
 
 
 def bits(value: Any) -> Any:

@@ -211,12 +211,12 @@ def test_two_tiers_are_told_apart():
 def test_peak_memory_is_of_the_period():
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("the system does not set back a peak")
-    np.ones(80 << 20, np.uint8)  # freed before
+    np.ones(200 << 20, np.uint8)  # freed before
     with profile() as p:
-        block = np.ones(30 << 20, np.uint8)
+        block = np.ones(100 << 20, np.uint8)  # more than an allocator keeps for later
         del block
     peak = p.summary().memory["process"]
-    assert 25 << 20 < peak.peak - peak.before < 70 << 20
+    assert 90 << 20 < peak.peak - peak.before < 190 << 20
 
 
 def test_two_profiles_in_turn():
