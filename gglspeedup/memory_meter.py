@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
@@ -49,6 +50,7 @@ class ProcessMeter:
 
     def __init__(self) -> None:
         self._resets = _resets_peak()
+        self._before = 0  # the peak until another meter set it back
         self._knows_size = os.path.exists(_SIZES)
 
     def in_use(self) -> int:
@@ -63,17 +65,25 @@ class ProcessMeter:
         if tidy and trim is not None:
             release_buffers()
             trim(0)
+        peak = _highest()
+        for meter in list(_METERS):
+            meter._before = max(meter._before, peak)
+        _METERS.add(self)
+        self._before = 0
         _reset_peak()
         return _resident()
 
     def peak(self) -> int:
         """Return the most bytes in use since :meth:`start`."""
-        return _highest() if self._resets else _lifetime_peak()
+        return max(self._before, _highest()) if self._resets else _lifetime_peak()
 
     @property
     def tidies(self) -> bool:
         """Whether freed memory can be given back; it can with glibc."""
         return self._resets and _trim() is not None
+
+
+_METERS: weakref.WeakSet[ProcessMeter] = weakref.WeakSet()  # all share the system's one peak
 
 
 class DeviceMeter:

@@ -160,8 +160,7 @@ def profile(device: DeviceLike = "auto", *, limit: int = 200_000) -> Profile:
     Notes
     -----
     A span is the time of the thread that works on it. What a GPU does is launched in that time, and may be done later.
-    The peak of the process is set back when a profile begins, where the system allows that; a loader with a
-    `memory_limit` sets it back for each batch, and what is told is then the peak of the last one.
+    The peak of the process is set back when a profile begins, where the system allows that.
 
     Examples
     --------

@@ -24,6 +24,20 @@ MIB = 1 << 20
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
+def test_meters_share_the_peak_of_the_process():
+    if not memory_meter._resets_peak():
+        pytest.skip("the system does not set back a peak")
+    outer, inner = ProcessMeter(), ProcessMeter()
+    start = outer.start(tidy=True)
+    block = np.ones(100 * MIB, np.uint8)
+    del block
+    again = inner.start(tidy=True)
+    assert inner.peak() - again < 16 * MIB
+    assert 90 * MIB < outer.peak() - start < 140 * MIB
+    outer.start(tidy=True)
+    assert outer.peak() - start < 16 * MIB
+
+
 def test_the_peak_of_the_process_is_measured():
     meter = meter_for(Device(None), "numpy")
     assert isinstance(meter, ProcessMeter)
