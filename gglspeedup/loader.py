@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gglspeedup.adjs import Adj
+from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_range, check_sizes, check_unique, host_array, host_ids
 from gglspeedup.batch_fitter import BatchFitter, Part, check_policy
 from gglspeedup.device import Device, DeviceLike
@@ -261,23 +261,27 @@ class NodeLoader(EpochLoader[Batch]):
         part, x, y = loaded
         if self._watch is not None and part.load is not None:
             self._watch.hand_out(part.load, part.predicted)
-        sampled = part.sampled
-        return Batch(
-            None if x is None else adapter.to_framework(x),
-            None if y is None else adapter.to_framework(y),
-            adapter.to_framework(sampled.n_id),
-            [adj.convert(self.backend) for adj in sampled.adjs],
-            sampled.batch_size,
-            sampled.batch,
-            part.share,
-            part.last,
-        )
+        batch = batch_of(part.sampled, x, y, adapter, self.backend)
+        batch.share, batch.last = part.share, part.last
+        return batch
 
     def __repr__(self) -> str:
         return (
             f"NodeLoader({len(self._items)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
             f"{len(self)} batches, device={str(self.device)!r}, backend={self.backend!r})"
         )
+
+
+def batch_of(sampled: SampledBatch, x: Any, y: Any, adapter: ModuleType, backend: str) -> Batch:
+    """Return a batch of tensors of the framework that the adapter of a backend is for."""
+    return Batch(
+        x=None if x is None else adapter.to_framework(x),
+        y=None if y is None else adapter.to_framework(y),
+        n_id=adapter.to_framework(sampled.n_id),
+        adjs=[adj.convert(backend) for adj in sampled.adjs],
+        batch_size=sampled.batch_size,
+        batch=sampled.batch,
+    )
 
 
 def _row_bytes(rows: CGPUFeature | None) -> int:

@@ -25,7 +25,7 @@ from gglspeedup.epochs import EpochLoader, device_for
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, GGLSpeedupError, explain
 from gglspeedup.interchange import integer_view
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
-from gglspeedup.loader import Batch, seed_ids
+from gglspeedup.loader import Batch, batch_of, seed_ids
 
 _Loaded = tuple[SampledBatch, Any, Any]  # with x and y
 
@@ -213,14 +213,7 @@ class DistNodeLoader(EpochLoader[Batch]):
 
     def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
         sampled, x, y = loaded
-        return Batch(
-            x=None if x is None else adapter.to_framework(x),
-            y=None if y is None else adapter.to_framework(y),
-            n_id=adapter.to_framework(sampled.n_id),
-            adjs=[adj.convert(self.backend) for adj in sampled.adjs],
-            batch_size=sampled.batch_size,
-            batch=sampled.batch,
-        )
+        return batch_of(sampled, x, y, adapter, self.backend)
 
     def __repr__(self) -> str:
         return (
