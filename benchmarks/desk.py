@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import desk_numba
+from benchmarks import desk_numba, marks
 from gglspeedup.errors import MissingPackageError, explain
 from gglspeedup.kernels.cuda import compile_options, kernel_source
 from gglspeedup.kernels.sample_gpu import macros_of
@@ -357,8 +357,7 @@ def main() -> None:
     if options.write is None:
         print(text)
     else:
-        old = options.write.read_text(encoding="utf-8")
-        options.write.write_text(f"{old.split(BEGIN)[0]}{BEGIN}\n{text}\n{END}{old.split(END)[1]}", encoding="utf-8")
+        marks.replace(options.write, BEGIN, END, text)
     for place, found in everything.items():
         for problem in broken_rules(place, found):
             print(f"{place.kernel} (sm_{place.architecture}, {place.variant}) {problem}")

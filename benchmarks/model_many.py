@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import marks
 from benchmarks.graphs import products_like
 from benchmarks.model import LAUNCH, NODE, TOUCHES, Hop, Touched, floor, hops_of, sampled, scan
 from benchmarks.model_table import own_python
@@ -146,8 +147,7 @@ def main() -> None:
     if options.write is None:
         print(made)
         return
-    old = options.write.read_text(encoding="utf-8")
-    options.write.write_text(f"{old.split(BEGIN)[0]}{BEGIN}\n{made}\n{END}{old.split(END)[1]}", encoding="utf-8")
+    marks.replace(options.write, BEGIN, END, made)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import marks
 from benchmarks.graphs import products_like
 from benchmarks.model import BUS, COPY, LAUNCH, MULTIPROCESSORS, NODE, ROW_BYTES, TRIP, Batch, gathered, sampled
 from benchmarks.recorder import Recorder
@@ -148,9 +149,7 @@ def main() -> None:
     if options.write is None:
         print(made)
         return
-    old = options.write.read_text(encoding="utf-8")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
-    options.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+    marks.replace(options.write, BEGIN, END, made)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -65,12 +66,13 @@ class ProcessMeter:
         if tidy and trim is not None:
             release_buffers()
             trim(0)
-        peak = _highest()
-        for meter in list(_METERS):
-            meter._before = max(meter._before, peak)
-        _METERS.add(self)
-        self._before = 0
-        _reset_peak()
+        with _SETTING_BACK:
+            peak = _highest()
+            for meter in _METERS:
+                meter._before = max(meter._before, peak)
+            _METERS.add(self)
+            self._before = 0
+            _reset_peak()
         return _resident()
 
     def peak(self) -> int:
@@ -83,7 +85,9 @@ class ProcessMeter:
         return self._resets and _trim() is not None
 
 
-_METERS: weakref.WeakSet[ProcessMeter] = weakref.WeakSet()  # all share the system's one peak
+# All share the system's one peak: whoever sets it back tells the others how high it was.
+_METERS: weakref.WeakSet[ProcessMeter] = weakref.WeakSet()
+_SETTING_BACK = threading.Lock()
 
 
 class DeviceMeter:
