@@ -120,6 +120,16 @@ TOUCHES: dict[str, Callable[[Hop, int], Touched]] = {
 }  # fmt: skip
 
 
+def calls_of(calls: list[str]) -> int:
+    """Return how many calls there are that take the host a launch's time."""
+    return sum(call in ("launch", "graph", "upload", "download", "settle", "read") for call in calls)
+
+
+def waits_of(calls: list[str]) -> int:
+    """Return how often the host waits for the device."""
+    return sum(call in ("settle", "read") for call in calls)
+
+
 def floor(launch: Launch, near: int, far: int, trips: float) -> float:
     """Return the least microseconds of a kernel: of its bytes, or of the trips of its warps, wave after wave."""
     at_once = MULTIPROCESSORS * RULES[launch.kernel].warps * 32
@@ -154,7 +164,7 @@ class Batch(NamedTuple):
         """Return the microseconds of each term of the batch's time."""
         kernels = sum(cost.uva if uva else cost.resident for cost in self.costs)
         nodes = NODE * sum(cost.launch.recorded for cost in self.costs)
-        host = LAUNCH * sum(call in ("launch", "graph", "upload", "read") for call in self.calls)
+        host = LAUNCH * calls_of(self.calls)
         return {"kernels": kernels, "between kernels": nodes, "host": host}
 
 
@@ -212,4 +222,4 @@ def gathered(rows: int, far: bool) -> tuple[float, float, list[str]]:
     (launch,) = recorder.launches
     moved = ROW_BYTES * rows
     time = floor(launch, 8 * rows + (1 if far else 2) * moved, moved if far else 0, 2)
-    return time, LAUNCH * sum(call in ("launch", "upload", "read") for call in recorder.calls), recorder.calls
+    return time, LAUNCH * calls_of(recorder.calls), recorder.calls

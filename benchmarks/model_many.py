@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks import marks
 from benchmarks.graphs import products_like
-from benchmarks.model import LAUNCH, NODE, TOUCHES, Hop, Touched, floor, hops_of, sampled, scan
+from benchmarks.model import LAUNCH, NODE, TOUCHES, Hop, Touched, calls_of, floor, hops_of, sampled, scan
 from benchmarks.model_table import own_python
 from benchmarks.recorder import Launch, Recorder
 from gglspeedup import CSRGraph, GPUSampler
@@ -43,11 +43,6 @@ class Together(NamedTuple):
         return self.kernels + NODE * sum(launch.recorded for launch in self.launches)
 
 
-def calls_of(calls: list[str]) -> int:
-    """Return how many calls there are that take the host a launch's time."""
-    return sum(call in ("launch", "graph", "upload", "read") for call in calls)
-
-
 def together(graph: CSRGraph, sizes: tuple[int, ...], count: int, batches: int) -> Together:
     """Sample batches on the CPU, and let the GPU's code launch them together, as the third of their kind."""
     rng = np.random.default_rng(0)
@@ -61,7 +56,7 @@ def together(graph: CSRGraph, sizes: tuple[int, ...], count: int, batches: int) 
         recorder.forget()
         recorder.answers = [states.ravel()]
         begin = time.perf_counter()
-        made = sampler.sample_many(given, sizes, seed=0)
+        made = list(sampler.sample_each(given, sizes, seed=0, at_once=batches))
         rounds.append(time.perf_counter() - begin)
     assert [len(n_id) for n_id, _ in made] == [len(hops[0].rows) + sum(hop.new for hop in hops) for hops in many]
     bounds = sampler._graph.bounds(kernel_hops(sizes, False, "layer"), *[seeds_bound(count)] * 2)

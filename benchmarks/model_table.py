@@ -12,7 +12,19 @@ import numpy as np
 
 from benchmarks import marks
 from benchmarks.graphs import products_like
-from benchmarks.model import BUS, COPY, LAUNCH, MULTIPROCESSORS, NODE, ROW_BYTES, TRIP, Batch, gathered, sampled
+from benchmarks.model import (
+    BUS,
+    COPY,
+    LAUNCH,
+    MULTIPROCESSORS,
+    NODE,
+    ROW_BYTES,
+    TRIP,
+    Batch,
+    gathered,
+    sampled,
+    waits_of,
+)
 from benchmarks.recorder import Recorder
 from gglspeedup import CSRGraph
 from gglspeedup.placement import place_graph
@@ -68,7 +80,7 @@ def summary(batches: dict[tuple[int, ...], tuple[Batch, float]]) -> str:
             recorded = sum(cost.launch.recorded for cost in batch.costs)
             lines.append(
                 f"| {list(sizes)} | {batch.edges:,} | {batch.nodes:,} | {len(batch.costs)} | {recorded} | "
-                f"{batch.calls.count('upload')} | {batch.calls.count('read')} | {'UVA' if uva else 'resident'} | "
+                f"{batch.calls.count('upload')} | {waits_of(batch.calls)} | {'UVA' if uva else 'resident'} | "
                 f"{terms['kernels']:.0f} | {terms['between kernels']:.0f} | {terms['host']:.0f} | {python:.0f} | "
                 f"{whole:.0f} | {batch.edges / whole:.0f} |"
             )
@@ -87,7 +99,7 @@ def gathers(batches: dict[tuple[int, ...], tuple[Batch, float]]) -> str:
             least = 1e6 * ROW_BYTES * rows * (1 / BUS if far else 2 / COPY)
             lines.append(
                 f"| {rows:,} | {'pinned host memory' if far else 'GPU memory'} | {kernel:.0f} | {host:.0f} | "
-                f"{calls.count('read')} | {least / kernel:.0%} by the kernel, {least / (kernel + host):.0%} in all |"
+                f"{waits_of(calls)} | {least / kernel:.0%} by the kernel, {least / (kernel + host):.0%} in all |"
             )
     return "\n".join(lines)
 
@@ -104,7 +116,7 @@ def bars(batches: dict[tuple[int, ...], tuple[Batch, float]]) -> str:
 
     terms = two.terms(False)
     whole, device = sum(terms.values()) + python_two, terms["kernels"] + terms["between kernels"]
-    waits = max(batch.calls.count("read") for batch, _ in batches.values())
+    waits = max(waits_of(batch.calls) for batch, _ in batches.values())
     rows = [
         ("[15, 10, 5], resident: 1,000 M edges/s", rate(three, python_three, False)),
         ("[15, 10, 5], UVA: 200 M edges/s", rate(three, python_three, True)),

@@ -30,7 +30,7 @@ class Recorder:
     launches : list of Launch
         Kernels, in order.
     calls : list of str
-        What the host asked of the device: "launch", "graph", "upload", "read", "empty", "event".
+        What the host asked of the device: "launch", "graph", "upload", "download", "settle", "read", "empty", "event".
     answers : list of array
         What the next reads return, by bytes; zeros when there is none.
     """
@@ -90,6 +90,16 @@ class Recorder:
             return found
         out[...] = found
         return out
+
+    def download(self, device: Any, host: Any, event: Any = None) -> Any:
+        """Note a copy; it gives the next of the answers."""
+        self.calls.append("download")
+        host[...] = self.answers.pop(0) if self.answers else 0
+        return event or object()
+
+    def settle(self, event: Any) -> None:
+        """Note a wait of the host."""
+        self.calls.append("settle")
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         """Note a kernel."""

@@ -7,15 +7,20 @@ writes all results into one buffer.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gglspeedup.hops_gpu import DeviceGraph, Launches, check_counts, seeds_bound
+from gglspeedup.in_flight import InFlight
 from gglspeedup.kernels import sample_gpu as gpu
 from gglspeedup.recordings_gpu import Recordings
 from gglspeedup.workspace_gpu import BatchesWorkspace, Workspaces
+
+logger = logging.getLogger("gglspeedup")
 
 # Seeds and edges of all batches of a launch, by their bounds: some 0.8 GB of buffers. Many more fill the GPU anyway.
 _MOST_POSITIONS = 1 << 23
@@ -51,30 +56,36 @@ class CudaBatches:
         self._recordings = recordings
         self._max_edges = max_edges
         self._workspaces = Workspaces(runtime, lambda: BatchesWorkspace(runtime, index_dtype))
+        self._given_up = False
 
     def at_once(self, batches: Batches, hops: tuple[gpu.Hop, ...]) -> int:
         """Return how many of the batches have room in a launch; 1 if they have to be sampled one by one."""
         bound = _bound(batches)
         bounds = self._graph.bounds(hops, bound, bound)
-        if len(hops) > gpu.MOST_HOPS or any(hop.edges > self._max_edges for hop in bounds):
+        if self._given_up or len(hops) > gpu.MOST_HOPS or any(hop.edges > self._max_edges for hop in bounds):
             return 1
         stride = bound + sum(hop.edges for hop in bounds)
         return max(1, min(_MOST_BATCHES, _MOST_POSITIONS // stride))
 
-    def sample(self, batches: Batches, hops: tuple[gpu.Hop, ...], seed: int) -> list[tuple[Any, list[Any]]]:
-        """Sample batches, no more than there is room for, as `CudaSampler.sample` does each.
+    def give_up(self, error: MemoryError) -> None:
+        """Have batches sampled one by one from now on, as their buffers had no room."""
+        logger.warning("no room to sample several batches at once (%s): they are sampled one by one", error)
+        self._given_up = True
+
+    def begin(self, batches: Batches, hops: tuple[gpu.Hop, ...], seed: int) -> InFlight:
+        """Enqueue batches, no more than there is room for; what is made is a list of what `CudaSampler.sample` returns.
 
         Raises
         ------
         ArgumentIndexError, ArgumentValueError
-            A seed of a batch, the first such batch, is no node, or repeats an earlier one.
+            When it is finished: a seed of a batch, the first such batch, is no node, or repeats an earlier one.
         """
         bound, count = _bound(batches), len(batches)
         bounds = self._graph.bounds(hops, bound, bound)
         stride = bound + sum(hop.edges for hop in bounds)
         target = self._target._replace(batches=count)
         launches = Launches(target, self._graph)
-        with self._workspaces.lease() as workspace:
+        with self._runtime.activate(), self._workspaces.begin() as workspace:
             workspace.reserve_states(count, count * bound)
             workspace.reserve_batches(count, stride, max(bound, *(hop.nodes for hop in bounds)))
             self._send(workspace, batches, seed, stride)
@@ -87,10 +98,18 @@ class CudaBatches:
                 gpu.place_outputs(target, workspace.arrays["state"], len(hops))
 
             self._recordings.run(workspace.graphs, (count, bound, *hops), enqueue)
-            states = workspace.read_states(count)
+            workspace.start_read_states(count)
+        finish = partial(self._finish, workspace, target, batches, len(hops))
+        return InFlight(finish, partial(self._workspaces.abandon, workspace))
+
+    def _finish(
+        self, workspace: BatchesWorkspace, target: gpu.Target, batches: Batches, hops: int
+    ) -> list[tuple[Any, list[Any]]]:
+        with self._runtime.activate(), self._workspaces.finish(workspace):
+            states = workspace.finish_read().reshape(-1, gpu.BATCH_STATE_SIZE)
             for (seeds, _), state in zip(batches, states, strict=True):
                 check_counts(self._runtime, state[gpu.BAD_RANGE :], seeds, self._graph.num_nodes)
-            return self._emit(workspace, target, states, len(hops))
+            return self._emit(workspace, target, states, hops)
 
     def _send(self, workspace: BatchesWorkspace, batches: Batches, seed: int, stride: int) -> None:
         """Put the states and the seeds on the device, in one copy; seeds that are there already take one each."""

@@ -31,7 +31,7 @@ _STAGES = ("sampling", "gathering")  # what a profile calls them
 class EpochLoader(ABC, Generic[Made]):
     """An iterable over the batches of an epoch; every iterator takes the next one, with its first batch.
 
-    A subclass sets `device`, and says how a batch is made, in three stages: :meth:`_sample`, :meth:`_gather` and
+    A subclass sets `device`, and says how a batch is made, in three stages: :meth:`_sample_all`, :meth:`_gather` and
     :meth:`_convert`. The first two have a background thread each, and on a GPU a stream each; the third, which hands
     arrays to the framework, is done in the reader's thread.
 
@@ -68,8 +68,8 @@ class EpochLoader(ABC, Generic[Made]):
         self._epoch = 0
 
     @abstractmethod
-    def _sample(self, items: npt.NDArray[np.int64], number: int) -> Any:
-        """Return the nodes and edges of a batch, on the device; `number` is unlike any other batch's."""
+    def _sample_all(self, epoch: int) -> Generator[Any, None, None]:
+        """Give the nodes and edges of each batch of :meth:`_numbered`, on the device."""
 
     @abstractmethod
     def _gather(self, sampled: Any) -> Any:
@@ -129,20 +129,15 @@ class EpochLoader(ABC, Generic[Made]):
         gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)], names=_STAGES)
         yield from self._convert_all(self._handed_over(gathered, sampling, gathering))
 
-    def _sample_all(self, epoch: int) -> Generator[Any, None, None]:
-        """Give what :meth:`_sample` makes of the items of each batch."""
-        for items, number in self._numbered(epoch):
-            yield self._sample(items, number)
-
     def _numbered(self, epoch: int) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
-        """Give the items of each batch, and its number."""
+        """Give the items of each batch, and its number, which is unlike any other batch's."""
         order = self.order(epoch)
         for index in range(len(self)):
             items = order[index * self.batch_size : (index + 1) * self.batch_size]
             yield items, ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
 
     def _sample_on(self, epoch: int, sampling: SideStream) -> Iterator[tuple[Any, Any]]:
-        """Give what :meth:`_sample` makes on a stream, each with the mark at which it is whole."""
+        """Give what :meth:`_sample_all` makes on a stream, each with the mark at which it is whole."""
         with contextlib.closing(self._sample_all(epoch)) as batches:
             while True:
                 with sampling.filling():

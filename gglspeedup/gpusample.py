@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Protocol
 
 from gglspeedup.adjs import Adj, SampledBatch
@@ -28,9 +30,10 @@ class _Sampler(Protocol):
         self, seeds: Any, sizes: tuple[int, ...], *, seed: int, batch: int, replace: bool, expand: str
     ) -> tuple[Any, list[Hop]]: ...
 
-    def sample_many(
-        self, batches: Sequence[tuple[Any, int]], sizes: tuple[int, ...], *, seed: int, replace: bool, expand: str
-    ) -> list[tuple[Any, list[Hop]]]: ...
+    def sample_each(
+        self, batches: Iterable[tuple[Any, int]], sizes: tuple[int, ...], *, seed: int, replace: bool, expand: str,
+        at_once: int,
+    ) -> Generator[tuple[Any, list[Hop]], None, None]: ...  # fmt: skip
 
 
 class GPUSampler:
@@ -212,9 +215,7 @@ class GPUSampler:
         counter = iter(range(first, first + count))
         numbers = [next(counter) % MAX_BATCH if number is None else number for number in asked]
         try:
-            made = self._made().sample_many(
-                list(zip(ids, numbers, strict=True)), fanouts, seed=self.seed, replace=self.replace, expand=self.expand
-            )
+            made = list(self._each(zip(ids, numbers, strict=True), fanouts, max(1, len(ids))))
         except BaseException:
             self._untake_batches(first, count)
             raise
@@ -222,6 +223,72 @@ class GPUSampler:
             SampledBatch(n_id, [Adj(*hop) for hop in hops], len(seeds), number)
             for (n_id, hops), seeds, number in zip(made, ids, numbers, strict=True)
         ]
+
+    def sample_each(
+        self, batches: Iterable[tuple[Any, int | None]], *, sizes: Any = None, at_once: int = 1
+    ) -> Iterator[SampledBatch]:
+        """Give batches in order, the bits that :meth:`sample` returns of each.
+
+        On a GPU the next batch's work is enqueued before the host waits for the counts of the one before it, so that
+        the device need not wait for the host in between. On the CPU each is made when it is asked for.
+
+        Parameters
+        ----------
+        batches : iterable of (seeds, batch)
+            Each as for :meth:`sample`; where `batch` is None, the counter gives the next number. It is read as batches
+            are asked for: on the CPU none ahead, on a GPU up to ``2 * at_once - 1``.
+        sizes : sequence of int, optional
+            Fanouts of these batches, as in :meth:`set_size`. Default: those set.
+        at_once : int
+            On a GPU, how many are sampled together, as by :meth:`sample_many`.
+
+        Returns
+        -------
+        iterator of SampledBatch
+            One that is let go of early gives back the numbers of batches that it has not given.
+
+        Raises
+        ------
+        ArgumentIndexError, ArgumentTypeError, ArgumentValueError
+            As by :meth:`sample`, in the batch's place; those before it have been given.
+
+        Examples
+        --------
+        >>> from gglspeedup import CSRGraph, GPUSampler
+        >>> sampler = GPUSampler("cpu", CSRGraph([0, 2, 3, 4], [1, 2, 0, 0]), [2, 2])
+        >>> [batch.n_id.tolist() for batch in sampler.sample_each([([1], None), ([2, 0], 7)])]
+        [[1, 0, 2], [2, 0, 1]]
+        """
+        return self._numbered_each(iter(batches), self._fanouts(sizes), check_count(at_once, "at_once", 1))
+
+    def _numbered_each(
+        self, batches: Iterator[tuple[Any, int | None]], fanouts: tuple[int, ...], at_once: int
+    ) -> Generator[SampledBatch, None, None]:
+        begun: collections.deque[tuple[Any, int, int]] = collections.deque()  # seeds, number, of the counter or not
+
+        def numbered() -> Iterator[tuple[Any, int]]:
+            for entry in batches:
+                seeds, batch = _pair(entry)
+                ids = self._seeds(seeds)
+                number = self._take_batches(1) if batch is None else check_count(batch, "batch", 0, MAX_BATCH)
+                begun.append((ids, number, batch is None))
+                yield ids, number
+
+        try:
+            with contextlib.closing(self._each(numbered(), fanouts, at_once)) as made:
+                for n_id, hops in made:
+                    ids, number, _ = begun.popleft()
+                    yield SampledBatch(n_id, [Adj(*hop) for hop in hops], len(ids), number)
+        finally:
+            for _, number, counted in reversed(begun):
+                self._untake_batches(number, counted)
+
+    def _each(
+        self, batches: Iterable[tuple[Any, int]], fanouts: tuple[int, ...], at_once: int
+    ) -> Generator[tuple[Any, list[Hop]], None, None]:
+        return self._made().sample_each(
+            batches, fanouts, seed=self.seed, replace=self.replace, expand=self.expand, at_once=at_once
+        )
 
     def _fanouts(self, sizes: Any) -> tuple[int, ...]:
         fanouts = self._sizes if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)

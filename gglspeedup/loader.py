@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ class NodeLoader(EpochLoader[Batch]):
         0 to 2**64 - 1; of the order and the draws.
     prefetch : int
         Batches that are sampled ahead of their gathering, and gathered ahead of the training loop; 0 makes each when it
-        is asked for.
+        is asked for. On a GPU half as many are sampled together (:meth:`GPUSampler.sample_each`), which pays for small
+        ones, and as many again are begun.
     replace, expand, placement
         As GPUSampler's.
     policy
@@ -240,7 +242,10 @@ class NodeLoader(EpochLoader[Batch]):
 
     def _sample_all(self, epoch: int) -> Generator[Part, None, None]:
         if self._watch is None or self.memory_budget is None:
-            yield from super()._sample_all(epoch)
+            batches = sampled_each(self.graph_sampler, self._numbered(epoch), self.sizes, self.prefetch)
+            with contextlib.closing(batches):
+                for sampled in batches:
+                    yield Part(sampled)
             return
         fitter = BatchFitter(
             self.memory_budget, self.graph_sampler, self.sizes, row_bytes=(_row_bytes(self.features),
@@ -248,9 +253,6 @@ class NodeLoader(EpochLoader[Batch]):
         )  # fmt: skip
         for items, number in self._numbered(epoch):
             yield from fitter.fit(items, number)
-
-    def _sample(self, items: npt.NDArray[np.int64], number: int) -> Part:
-        return Part(self.graph_sampler.sample(items, number, sizes=self.sizes))
 
     def _gather(self, part: Part) -> _Loaded:
         x = None if self.features is None else self.features.take(part.sampled.n_id)
@@ -270,6 +272,17 @@ class NodeLoader(EpochLoader[Batch]):
             f"NodeLoader({len(self._items)} seeds, sizes={list(self.sizes)}, batch_size={self.batch_size}, "
             f"{len(self)} batches, device={str(self.device)!r}, backend={self.backend!r})"
         )
+
+
+def sampled_each(
+    sampler: GPUSampler, batches: Iterable[tuple[Any, int]], sizes: Any, prefetch: int
+) -> Generator[SampledBatch, None, None]:
+    """Give batches of (seeds, number) that are sampled as far ahead as a loader's `prefetch` allows."""
+    if prefetch:
+        yield from sampler.sample_each(batches, sizes=sizes, at_once=max(1, prefetch // 2))
+    else:
+        for seeds, number in batches:
+            yield sampler.sample(seeds, number, sizes=sizes)
 
 
 def batch_of(sampled: SampledBatch, x: Any, y: Any, adapter: ModuleType, backend: str) -> Batch:

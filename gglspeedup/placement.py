@@ -23,7 +23,8 @@ Array = npt.NDArray[Any]
 logger = logging.getLogger("gglspeedup")
 
 _GRAPH_SHARE = 0.75  # of the free memory that "auto" gives to the graph and its table
-_TABLE_SHARE = 0.25  # of the free memory that a dense table of local ids may take
+_TABLES = 2  # a batch is begun before the one before it is finished
+_TABLE_SHARE = 0.25  # of the free memory that dense tables of local ids may take
 _POINTER_SHARE = 0.125  # of the free memory that indptr may take although the graph is in host memory
 _SPARE = 0.95  # of the free memory that features may take
 
@@ -50,7 +51,7 @@ def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) ->
     """
     parts = [graph.indptr, graph.indices, *([] if graph.edge_ids is None else [graph.edge_ids])]
     need = sum(part.nbytes for part in parts)
-    table_bytes = 8 * graph.num_nodes
+    table_bytes = 8 * _TABLES * graph.num_nodes
     table = "dense" if table_bytes <= _TABLE_SHARE * free else "hash"
     if placement == "auto":
         fits = need + (table_bytes if table == "dense" else 0) <= _GRAPH_SHARE * free
@@ -80,7 +81,7 @@ def place_graph(graph: CSRGraph, runtime: Runtime, placement: str, free: int) ->
 
 def place_shards(graph: ShardedGraph, runtime: Runtime, free: int) -> CudaSampler:
     """Return a sampler of a graph whose shards lie in the memory of several devices, or pinned on the host."""
-    table = "dense" if 8 * graph.num_nodes <= _TABLE_SHARE * free else "hash"
+    table = "dense" if 8 * _TABLES * graph.num_nodes <= _TABLE_SHARE * free else "hash"
     with runtime.activate():
         indptr, indices = (_on_device(runtime, vector) for vector in (graph.indptr, graph.indices))
         edge_ids = None if graph.edge_ids is None else _on_device(runtime, graph.edge_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -136,13 +136,13 @@ class CpuSampler:
             self._workspaces.append(workspace)
         return result
 
-    def sample_many(
-        self, batches: Sequence[tuple[npt.NDArray[np.int64], int]], sizes: tuple[int, ...], *, seed: int, replace: bool,
-        expand: str,
-    ) -> list[tuple[Array, list[Hop]]]:  # fmt: skip
-        """Return what :meth:`sample` returns of each (seeds, batch), one after the other."""
-        options: dict[str, Any] = {"seed": seed, "replace": replace, "expand": expand}
-        return [self.sample(seeds, sizes, batch=batch, **options) for seeds, batch in batches]
+    def sample_each(
+        self, batches: Iterable[tuple[npt.NDArray[np.int64], int]], sizes: tuple[int, ...], *, at_once: int = 1,
+        **options: Any,
+    ) -> Generator[tuple[Array, list[Hop]], None, None]:  # fmt: skip
+        """Give what :meth:`sample` returns of each (seeds, batch), when it is asked for."""
+        for seeds, batch in batches:
+            yield self.sample(seeds, sizes, batch=batch, **options)
 
     def _sample(
         self, space: Workspace, seeds: Array, sizes: tuple[int, ...], seed: int, batch: int, replace: bool, expand: str

@@ -1,9 +1,10 @@
 """Neighbour sampling of whole batches on a GPU: the hop loop, its buffers, and the one read.
 
 All hops of a batch are enqueued for bounds that follow from the number of seeds and the fanouts, the true counts
-stay on the device, and the host reads them once, to make arrays of exactly that size. As the launches are then the
-same for every batch, the second batch of a kind is recorded as a graph, and the following ones replay it: what
-differs between batches (seeds, their number, seed, batch, stamp) is data in `state`, not an argument.
+stay on the device, and the host reads them once, to make arrays of exactly that size; :meth:`CudaSampler.sample_each`
+enqueues the next batch before it waits. As the launches are the same for every batch, the second batch of a kind is
+recorded as a graph, and the following ones replay it: what differs between batches (seeds, their number, seed, batch,
+stamp) is data in `state`, not an argument.
 
 Only a hop whose bound is beyond `max_edges` (every neighbour of many nodes, on a large graph) costs a further read,
 of that hop's true number of edges, before room is made for them.
@@ -11,15 +12,19 @@ of that hop's true number of edges, before room is made for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gglspeedup.batches_gpu import CudaBatches
-from gglspeedup.errors import ArgumentValueError, explain
+from gglspeedup.errors import ArgumentIndexError, ArgumentValueError, explain
 from gglspeedup.hops_gpu import DeviceGraph, Launches, check_counts, hops_of, seeds_bound
+from gglspeedup.in_flight import InFlight, one_ahead
 from gglspeedup.kernels import sample_gpu as gpu
 from gglspeedup.kernels.cuda import Runtime
 from gglspeedup.pieces import DevicePieces
@@ -27,6 +32,8 @@ from gglspeedup.recordings_gpu import Recordings
 from gglspeedup.workspace_gpu import STATE_SIZE, Bound, Workspace, Workspaces
 
 SampledHop = tuple[Any, Any, tuple[int, int]]
+Sampled = tuple[Any, list[SampledHop]]
+Numbered = tuple[Any, int]
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class CudaSampler:
 
     def sample(
         self, seeds: Any, sizes: Sequence[int], *, seed: int, batch: int, replace: bool = False, expand: str = "layer"
-    ) -> tuple[Any, list[SampledHop]]:
+    ) -> Sampled:
         """Sample one batch.
 
         Parameters
@@ -128,30 +135,78 @@ class CudaSampler:
         ArgumentValueError
             A seed repeats an earlier one, or a batch might have 2**31 edges.
         """
-        order = _Batch(len(seeds), seeds_bound(len(seeds)), hops_of(sizes, replace, expand))
-        with self.runtime.activate(), self._workspaces.lease() as workspace:
-            self._send(workspace, order, seeds, seed, batch)
-            counts = self._run(workspace, order)
-            check_counts(self.runtime, counts, seeds, self.num_nodes)
-            return self._emit(workspace, order, counts)
+        (result,) = self._begin([(seeds, batch)], hops_of(sizes, replace, expand), seed).finish()
+        return result
 
-    def sample_many(
-        self, batches: Sequence[tuple[Any, int]], sizes: Sequence[int], *, seed: int, replace: bool = False,
-        expand: str = "layer",
-    ) -> list[tuple[Any, list[SampledHop]]]:  # fmt: skip
-        """Sample several batches, each (seeds, batch) as :meth:`sample` does, in as few launches as memory allows."""
+    def sample_each(
+        self, batches: Iterable[Numbered], sizes: Sequence[int], *, seed: int, replace: bool = False,
+        expand: str = "layer", at_once: int = 1,
+    ) -> Generator[Sampled, None, None]:  # fmt: skip
+        """Give what :meth:`sample` returns of each (seeds, batch), in order.
+
+        Up to `at_once` batches are sampled together, as many as have room, and the next ones are enqueued before the
+        host waits for theirs.
+        """
         hops = hops_of(sizes, replace, expand)
-        with self.runtime.activate():
-            results: list[tuple[Any, list[SampledHop]]] = []
-            at_once = self._many.at_once(batches, hops)
-            for low in range(0, len(batches), at_once):
-                part = batches[low : low + at_once]
-                if len(part) > 1:
-                    results += self._many.sample(part, hops, seed)
-                    continue
-                ((seeds, batch),) = part
-                results.append(self.sample(seeds, sizes, seed=seed, batch=batch, replace=replace, expand=expand))
-        return results
+        begin = partial(self._begin, hops=hops, seed=seed)
+        with contextlib.closing(one_ahead(self._groups(batches, hops, at_once), begin)) as groups:
+            for group in groups:
+                yield from group
+
+    def _groups(self, batches: Iterable[Numbered], hops: tuple[gpu.Hop, ...], at_once: int) -> Iterator[list[Numbered]]:
+        """Give the batches in groups that have room; an error of theirs comes after those before it."""
+        source, error = iter(batches), None
+        while error is None:
+            group = []
+            try:
+                for batch in itertools.islice(source, at_once):
+                    group.append(batch)
+            except Exception as raised:
+                error = raised
+            else:
+                if not group:
+                    return
+            room = self._many.at_once(group, hops) if len(group) > 1 else 1
+            for low in range(0, len(group), room):
+                yield group[low : low + room]
+        raise error
+
+    def _begin(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> InFlight:
+        """Enqueue batches, and the copy of their counts to the host; what is made is an iterable of results."""
+        if len(group) == 1:
+            return self._begin_one(*group[0], hops, seed)
+        one_by_one = partial(self._one_by_one, group, hops, seed)
+        try:
+            begun = self._many.begin(group, hops, seed)
+        except MemoryError as error:
+            self._many.give_up(error)
+            return InFlight(one_by_one, alone=True)
+
+        def finish() -> Iterable[Sampled]:
+            try:
+                found: list[Sampled] = begun.finish()
+            except (ArgumentIndexError, ArgumentValueError):
+                return one_by_one()  # those before the bad one are not lost
+            return found
+
+        return InFlight(finish, begun.abandon)
+
+    def _one_by_one(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> Iterator[Sampled]:
+        for numbered in group:
+            yield from self._begin_one(*numbered, hops, seed).finish()
+
+    def _begin_one(self, seeds: Any, batch: int, hops: tuple[gpu.Hop, ...], seed: int) -> InFlight:
+        order = _Batch(len(seeds), seeds_bound(len(seeds)), hops)
+        with self.runtime.activate(), self._workspaces.begin() as workspace:
+            self._send(workspace, order, seeds, seed, batch)
+            self._run(workspace, order)
+        return InFlight(partial(self._finish, workspace, order, seeds), partial(self._workspaces.abandon, workspace))
+
+    def _finish(self, workspace: Workspace, order: _Batch, seeds: Any) -> list[Sampled]:
+        with self.runtime.activate(), self._workspaces.finish(workspace):
+            counts = workspace.finish_read()
+            check_counts(self.runtime, counts, seeds, self.num_nodes)
+            return [self._emit(workspace, order, counts)]
 
     def _send(self, workspace: Workspace, order: _Batch, seeds: Any, seed: int, batch: int) -> None:
         """Put the seeds and all that is new in this batch on the device, in one copy."""
@@ -169,8 +224,8 @@ class CudaSampler:
             staging[STATE_SIZE:end] = seeds
             self.runtime.upload(staging[:end], state[:end])
 
-    def _run(self, workspace: Workspace, order: _Batch) -> Any:
-        """Run all hops; return the counts (see `Workspace.read`)."""
+    def _run(self, workspace: Workspace, order: _Batch) -> None:
+        """Enqueue all hops and the copy of the counts (see `Workspace.start_read`)."""
         hop, edges_before, nodes, new = 0, 0, order.bound, order.bound
         while True:
             bounds = self._graph.bounds(order.hops[hop:], nodes, new)
@@ -179,7 +234,8 @@ class CudaSampler:
             fresh = workspace.reserve(order.bound, edges_before, bounds[: fits + 1], last)
             if hop == 0 and last:
                 self._launch_all(workspace, order, bounds)
-                return workspace.read(len(order.hops))
+                workspace.start_read(len(order.hops))
+                return
             if hop == 0:
                 self._launches.start(workspace, order.bound, workspace.arrays["seeds"])
             elif fresh:
@@ -188,12 +244,14 @@ class CudaSampler:
                 self._launches.count(workspace, h, bound.rows)
                 self._launches.finish(workspace, h, bound.rows, bound.edges)
             if last:
-                return workspace.read(len(order.hops))
+                workspace.start_read(len(order.hops))
+                return
             hop += fits
             self._launches.count(workspace, order.hops[hop], bounds[fits].rows)
-            counts = workspace.read(hop + 1)
+            workspace.start_read(hop + 1)
+            counts = workspace.finish_read()
             if counts[0] != gpu.NONE or counts[1] != gpu.NONE:
-                return counts
+                return  # bad seeds, of which the end of the batch tells
             nodes, edges_before, edges_after = (int(cell) for cell in counts[[2 + 2 * hop, 3 + 2 * hop, 5 + 2 * hop]])
             edges = edges_after - edges_before
             new = min(edges, self.num_nodes)
@@ -214,7 +272,7 @@ class CudaSampler:
 
         self._recordings.run(workspace.graphs, order.key, enqueue)
 
-    def _emit(self, workspace: Workspace, order: _Batch, counts: Any) -> tuple[Any, list[SampledHop]]:
+    def _emit(self, workspace: Workspace, order: _Batch, counts: Any) -> Sampled:
         """Write the results into new arrays of exactly their size."""
         a, runtime = workspace.arrays, self.runtime
         cells = [int(cell) for cell in counts[2:]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Generator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from gglspeedup.epochs import EpochLoader, device_for
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import GraphLike, as_graph
-from gglspeedup.loader import rows_of
+from gglspeedup.loader import rows_of, sampled_each
 from gglspeedup.memory import BufferPool
 from gglspeedup.partitions import check_ptr
 
@@ -166,10 +168,16 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         other._epoch = 0
         return other
 
-    def _sample(self, items: Ids, number: int) -> tuple[SampledBatch, Ids]:
-        offset, count = self._ranges(items)
-        nodes = np.arange(int(count.sum())) + np.repeat(offset - np.cumsum(count) + count, count)
-        return self.graph_sampler.sample(nodes, number), np.array(items)
+    def _sample_all(self, epoch: int) -> Generator[tuple[SampledBatch, Ids], None, None]:
+        seeds = ((self._nodes(items), number) for items, number in self._numbered(epoch))
+        with contextlib.closing(sampled_each(self.graph_sampler, seeds, None, self.prefetch)) as batches:
+            for (items, _), sampled in zip(self._numbered(epoch), batches, strict=True):
+                yield sampled, np.array(items)
+
+    def _nodes(self, parts: Ids) -> Ids:
+        """Return the nodes of some parts."""
+        offset, count = self._ranges(parts)
+        return np.arange(int(count.sum())) + np.repeat(offset - np.cumsum(count) + count, count)
 
     def _gather(self, sampled_parts: tuple[SampledBatch, Ids]) -> _Loaded:
         sampled, parts = sampled_parts

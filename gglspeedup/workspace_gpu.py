@@ -45,7 +45,7 @@ class Workspace:
     graphs : OrderedDict
         Recorded launches by the key of a batch; None for a key that has been launched once.
     event : object
-        Marks the end of the last batch's work, on whatever stream it was.
+        Marks the end of the last batch's work, or of the copy of its counts, on whatever stream it was.
     """
 
     def __init__(self, runtime: Runtime, num_nodes: int, key_dtype: Any, hashed: bool) -> None:
@@ -57,6 +57,7 @@ class Workspace:
         self.hashed = hashed
         self.key_dtype = key_dtype
         self._retired: list[Any] = []
+        self._copied: Any = None  # of the state, on the host
         self.counts = runtime.pinned(STATE_SIZE, np.int64)
         self.staging = runtime.pinned(0, np.int64)
         if not hashed:
@@ -137,13 +138,19 @@ class Workspace:
             self.stamp -= 1
         return self.stamp
 
-    def read(self, hops: int) -> Any:
-        """Wait for the device; return the state from BAD_RANGE to the counts after `hops` hops."""
-        end = gpu.FIRST_COUNT + 2 * (hops + 1)
-        counts = self.runtime.read(self.arrays["state"][gpu.BAD_RANGE : end], self.counts[gpu.BAD_RANGE : end])
-        self._retired.clear()
-        return counts
+    def start_read(self, hops: int) -> None:
+        """Enqueue a copy to the host of the state from BAD_RANGE to the counts after `hops` hops."""
+        self._copy_state(gpu.BAD_RANGE, gpu.FIRST_COUNT + 2 * (hops + 1))
 
+    def _copy_state(self, low: int, high: int) -> None:
+        self._copied = self.counts[low:high]
+        self.event = self.runtime.download(self.arrays["state"][low:high], self._copied, self.event)
+
+    def finish_read(self) -> Any:
+        """Wait for the device; return what :meth:`start_read` has copied."""
+        self.runtime.settle(self.event)
+        self._retired.clear()
+        return self._copied
 
 class BatchesWorkspace(Workspace):
     """The buffers of several batches in flight together, each with a hash table and an equal part of every buffer."""
@@ -182,12 +189,9 @@ class BatchesWorkspace(Workspace):
         for name in ("keys", "values"):
             gpu.fill_ones(target._replace(batches=1), self.arrays[name][: self._cells].view(np.int64))
 
-    def read_states(self, batches: int) -> Any:
-        """Wait for the device; return the states of the batches, a row each."""
-        size = batches * gpu.BATCH_STATE_SIZE
-        found = self.runtime.read(self.arrays["state"][:size], self.counts[:size])
-        self._retired.clear()
-        return found.reshape(batches, gpu.BATCH_STATE_SIZE)
+    def start_read_states(self, batches: int) -> None:
+        """Enqueue a copy to the host of the states of the batches."""
+        self._copy_state(0, batches * gpu.BATCH_STATE_SIZE)
 
 
 AnyWorkspace = TypeVar("AnyWorkspace", bound=Workspace)
@@ -203,8 +207,8 @@ class Workspaces(Generic[AnyWorkspace]):
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def lease(self) -> Iterator[AnyWorkspace]:
-        """Give a workspace for a batch.
+    def begin(self) -> Iterator[AnyWorkspace]:
+        """Give a workspace to enqueue a batch in, which then holds it until :meth:`finish` or :meth:`abandon`.
 
         One that an error leaves in an unknown state is not used again; bad arguments are found either before anything
         was enqueued or after the read.
@@ -215,9 +219,27 @@ class Workspaces(Generic[AnyWorkspace]):
             workspace = self._make()
         else:
             self._runtime.wait(workspace.event)
-        try:
+        with self._given_back_if_refused(workspace):
             yield workspace
+
+    @contextlib.contextmanager
+    def finish(self, workspace: AnyWorkspace) -> Iterator[None]:
+        """Take a workspace back after what is enqueued within the block."""
+        with self._given_back_if_refused(workspace):
+            yield
             self._release(workspace)
+
+    def abandon(self, workspace: AnyWorkspace) -> None:
+        """Take back a workspace whose batch nobody wants any more."""
+        # Its next batch writes where this one's copies to the device read.
+        with contextlib.suppress(Exception), self._runtime.activate():
+            workspace.finish_read()
+            self._put_back(workspace)
+
+    @contextlib.contextmanager
+    def _given_back_if_refused(self, workspace: AnyWorkspace) -> Iterator[None]:
+        try:
+            yield
         except (ArgumentIndexError, ArgumentValueError):
             self._release(workspace)
             raise
@@ -228,5 +250,8 @@ class Workspaces(Generic[AnyWorkspace]):
 
     def _release(self, workspace: AnyWorkspace) -> None:
         workspace.event = self._runtime.record(workspace.event)
+        self._put_back(workspace)
+
+    def _put_back(self, workspace: AnyWorkspace) -> None:
         with self._lock:
             self.free.append(workspace)

@@ -211,6 +211,10 @@ class Event:
         """Mark a stream."""
         self.cupy.faults.reach("event record")
 
+    def synchronize(self) -> None:
+        """Let the host wait."""
+        self.cupy.faults.reach("synchronize")
+
 
 class Stream:
     """A stream; `recorded` are launches while it is captured."""

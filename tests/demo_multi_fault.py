@@ -18,19 +18,19 @@ from demo.training import main
 from demo_multi.shares import command_line
 from gglspeedup import NodeLoader
 
-sample = NodeLoader._sample
+gather = NodeLoader._gather
 
 
-def sample_or_fail(self: NodeLoader, *arguments: Any) -> Any:
+def gather_or_fail(self: NodeLoader, *arguments: Any) -> Any:
     if self.rank == 1 and self.shuffle and self.epoch > 2:
         if sys.argv[1] == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         raise ValueError("this process has had enough")
-    return sample(self, *arguments)
+    return gather(self, *arguments)
 
 
 if __name__ in ("__main__", "__mp_main__"):  # the latter where it was spawned; collected by pytest it does nothing
-    NodeLoader._sample = sample_or_fail
+    NodeLoader._gather = gather_or_fail
 
 if __name__ == "__main__":
     demo = import_module(f"demo_multi.{sys.argv[2]}")

@@ -83,6 +83,13 @@ def _compile(kernel: Kernel, folder: Path, watched: bool, tiles: dict[str, int])
     return ctypes.CDLL(str(library))
 
 
+class Mark:
+    """A point of the stream; `host` gets what a copy to it has brought once somebody waits."""
+
+    arriving: Any = None
+    host: Any = None
+
+
 class HostRuntime:
     """Stands in for `CudaRuntime`.
 
@@ -173,6 +180,19 @@ class HostRuntime:
         out[...] = device
         return out
 
+    def download(self, device: Any, host: np.ndarray[Any, Any], event: Any = None) -> Any:
+        assert self.is_device(device) and self._recorded() is None and device.nbytes == host.nbytes
+        event = event or Mark()
+        event.arriving, event.host = np.array(device), host
+        host[...] = -7  # what is read before it has arrived
+        return event
+
+    def settle(self, event: Any) -> None:
+        self.reads += 1
+        if event.host is not None:
+            event.host[...] = event.arriving
+            event.host = None
+
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         recorded = self._recorded()
         if recorded is not None:
@@ -233,7 +253,7 @@ class HostRuntime:
             self.launch(*launch)
 
     def record(self, event: Any = None) -> Any:
-        return event or object()
+        return event or Mark()
 
     def wait(self, event: Any) -> None:
         assert event is not None
@@ -262,6 +282,10 @@ class CountingRuntime(CudaRuntime):
     def read(self, device: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
         self.reads += 1
         return super().read(device, out)
+
+    def settle(self, event: Any) -> None:
+        self.reads += 1
+        super().settle(event)
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         self.launches.append(kernel.name)

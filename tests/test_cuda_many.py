@@ -24,12 +24,16 @@ from gglspeedup.placement import place_shards
 from gglspeedup.sharded_graph import ShardedGraph
 
 
+def sample_many(sampler, batches, sizes, **options):
+    return list(sampler.sample_each(batches, sizes, at_once=max(1, len(batches)), **options))
+
+
 def check(sampler, graph, batches, sizes, *, edge_ids=None, seed=0, replace=False, expand="layer", reads=1):
     """Sample several batches and compare each; the host must wait as often as said."""
     before = sampler.runtime.reads
     given = [(np.asarray(seeds, np.int64), number) for seeds, number in batches]
     options = {"seed": seed, "replace": replace, "expand": expand}
-    results = sampler.sample_many(given, sizes, **options)
+    results = sample_many(sampler, given, sizes, **options)
     assert sampler.runtime.reads == before + reads and len(results) == len(batches)
     for result, (seeds, number) in zip(results, given, strict=True):
         expected = naive.sample(
@@ -145,14 +149,14 @@ def test_batches_that_have_no_room_together(new_runtime, monkeypatch):  # noqa: 
     check(sampler, graph, batches[:2], [1] * 16)
     sampler = make(sampler.runtime, graph, max_edges=30)
     check(sampler, graph, batches[:3], [3, 2], reads=6)
-    assert sampler.sample_many([], [3, 2], seed=0) == []
+    assert sample_many(sampler, [], [3, 2], seed=0) == []
 
 
 def test_each_batch_has_a_table_of_its_own(new_runtime):  # noqa: F811
     rng = np.random.default_rng(5)
     graph = random_graph(rng, 900, 8)
     sampler = make(new_runtime(), graph)
-    made = sampler.sample_many(some_batches(rng, 900, (30, 20, 25)), [2, 1], seed=1)
+    made = sample_many(sampler, some_batches(rng, 900, (30, 20, 25)), [2, 1], seed=1)
     (workspace,) = sampler._many._workspaces.free
     keys = to_host(workspace.arrays["keys"]).reshape(3, -1)  # as large as they have to be: the first use
     for own, (n_id, _) in zip(keys, made, strict=True):
@@ -184,7 +188,7 @@ def test_seeds_on_the_device(new_runtime):  # noqa: F811
     batches = some_batches(rng, 60, (5, 0, 9, 3))
     for on_device in ([0, 1, 2, 3], [1, 2], [3], [0]):
         given = [(runtime.to_device(s) if i in on_device else s, b) for i, (s, b) in enumerate(batches)]
-        for result, (seeds, number) in zip(sampler.sample_many(given, [3, 2], seed=1), batches, strict=True):
+        for result, (seeds, number) in zip(sample_many(sampler, given, [3, 2], seed=1), batches, strict=True):
             expected = naive.sample(graph.indptr, graph.indices, seeds.tolist(), [3, 2], seed=1, batch=number)
             assert_equal(result, expected)
 
@@ -206,7 +210,7 @@ def test_bad_seeds(new_runtime, on_device):  # noqa: F811
         worse[:] = -5  # a later batch: not the one that is named
         given = [(runtime.to_device(s) if on_device else s, b) for b, s in enumerate([good[0], bad, worse])]
         with pytest.raises(error, match=message):
-            sampler.sample_many(given, [3, -1], seed=0)
+            sample_many(sampler, given, [3, -1], seed=0)
         check(sampler, graph, [(seeds, b) for b, seeds in enumerate(good)], [3, -1])
     assert len(sampler._many._workspaces.free) == 1
 
@@ -214,7 +218,7 @@ def test_bad_seeds(new_runtime, on_device):  # noqa: F811
 def test_arrays_begin_on_64_bytes_of_one_buffer(new_runtime):  # noqa: F811
     rng = np.random.default_rng(5)
     graph = random_graph(rng, 60, 8)
-    made = make(new_runtime(), graph).sample_many(some_batches(rng, 60, (5, 3, 9)), [3, 2], seed=1)
+    made = sample_many(make(new_runtime(), graph), some_batches(rng, 60, (5, 3, 9)), [3, 2], seed=1)
     arrays = [array for n_id, hops in made for array in (n_id, *(part for hop in hops for part in hop[:2]))]
     begins = [address(array) for array in arrays]
     assert all((begin - begins[0]) % 64 == 0 for begin in begins) and len(set(begins)) == len(begins)

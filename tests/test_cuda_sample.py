@@ -350,7 +350,7 @@ def test_an_unknown_error_drops_the_workspace(new_runtime, monkeypatch):
     runtime = new_runtime()
     sampler = make(runtime, graph)
     check(sampler, graph, [1, 2], [5])
-    monkeypatch.setattr(runtime, "read", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost")))
+    monkeypatch.setattr(runtime, "settle", lambda *_: (_ for _ in ()).throw(RuntimeError("device lost")))
     with pytest.raises(RuntimeError, match="device lost"):
         sampler.sample(np.array([1, 2]), [5], seed=0, batch=0)
     monkeypatch.undo()

@@ -84,7 +84,7 @@ class Many(Sampling):
         most = 40 if self.sizes[0] == 5 else 5
         batches = [(rng.permutation(NODES)[: most - at], seed + at) for at in range(3)]
         options = {"seed": 3, "expand": ("layer", "frontier")[seed % 2], "replace": seed % 5 == 4}
-        made = self.sampler.sample_many(batches, self.sizes, **options)
+        made = list(self.sampler.sample_each(batches, self.sizes, at_once=3, **options))
         assert len(self.sampler._many._workspaces.free) == 1  # they were sampled together
         for result, (seeds, number) in zip(made, batches, strict=True):
             self.compare(result, seeds, {**options, "batch": number})

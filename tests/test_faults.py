@@ -190,6 +190,31 @@ def sampling_many(where: str) -> list[Step]:
     return [make, take(3, 2), take(4, 4), take(4, 3), take(2, 9, 1), take(3, 2, on_device=True), take(5)]
 
 
+def sampling_each(at_once: int) -> list[Step]:
+    """Take batches whose work is enqueued before the ones before them are waited for; leave some of them."""
+
+    def make(held: Any) -> None:
+        held.sampler = GPUSampler(0, GRAPH, [3, 2], seed=4, placement="device")
+
+    def take(count: int, given: int) -> Step:
+        def step(held: Any) -> Any:
+            batches = [(np.arange(at + 1, at + 9), at) for at in range(count)]
+            made = held.sampler.sample_each(batches, at_once=at_once)
+            try:
+                return [(b.n_id, *(part for adj in b.adjs for part in adj)) for _, b in zip(range(given), made)]
+            finally:
+                made.close()
+
+        return step
+
+    return [make, take(5, 5), take(7, 2), take(5, 5)]
+
+
+@pytest.mark.parametrize(("at_once", "every"), in_ci(1, 2))
+def test_sampling_each(cupy, at_once, every):
+    check_all(cupy, sampling_each(at_once), every)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("where", "every"), [("device", True), ("uva", False)])
 def test_sampling_many(cupy, where, every):

@@ -75,6 +75,9 @@ def test_several_batches_at_once_equal_cpu(graph, placement, sizes):
         batches = [(order[low : low + count], None) for low, count in zip(begins, counts, strict=False)]
         expected = [bits(cpu.sample(*batch)) for batch in batches]
         assert [bits(batch) for batch in gpu.sample_many(batches)] == expected
+        gpu._batch -= len(batches)
+        at_once = 1 + len(counts) // 2
+        assert [bits(batch) for batch in gpu.sample_each(batches, at_once=at_once)] == expected
         numbered = [(cupy.asarray(seeds), 2**40 + at) for at, (seeds, _) in enumerate(batches)]
         expected = [bits(cpu.sample(seeds.get(), number)) for seeds, number in numbered]
         assert [bits(batch) for batch in gpu.sample_many(numbered)] == expected

@@ -218,20 +218,21 @@ def test_break_and_exceptions_leave_no_thread():
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_an_error_of_the_background_reaches_the_loop(prefetch, monkeypatch):
     made = loader(prefetch=prefetch)
-    sample = made.graph_sampler.sample
+    sampler = made.graph_sampler._made()
+    sample = sampler.sample
 
-    def failing(seeds, number, **options):
-        if number == 2:
+    def failing(seeds, sizes, *, batch, **options):
+        if batch == 2:
             raise ValueError("broken batch")
-        return sample(seeds, number, **options)
+        return sample(seeds, sizes, batch=batch, **options)
 
-    monkeypatch.setattr(made.graph_sampler, "sample", failing)
+    monkeypatch.setattr(sampler, "sample", failing)
     got = []
     with pytest.raises(ValueError, match="broken batch") as caught:
         got.extend(made)
     assert prefetch_threads() == 0
     names = [frame.name for frame in caught.traceback]
-    assert "failing" in names and "_sample" in names
+    assert "failing" in names and "_sample_all" in names
 
 
 def test_batches_outlive_the_loader():
@@ -274,13 +275,14 @@ def test_the_reader_and_the_thread_work_at_once():
     """While the reader has a batch, the next ones are made: shown by order of events, not by a clock."""
     made = loader(prefetch=2, batch_size=10)
     numbers: list[int] = []
-    sample = made.graph_sampler.sample
+    sampler = made.graph_sampler._made()
+    sample = sampler.sample
 
-    def noted(seeds, number, **options):
-        numbers.append(number)
-        return sample(seeds, number, **options)
+    def noted(seeds, sizes, *, batch, **options):
+        numbers.append(batch)
+        return sample(seeds, sizes, batch=batch, **options)
 
-    made.graph_sampler.sample = noted  # type: ignore[method-assign]
+    sampler.sample = noted  # type: ignore[method-assign]
     iterator = iter(made)
     next(iterator)
     deadline = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""`GPUSampler.sample_many` on the CPU: the batches that `sample` gives one after the other, and one counter."""
+"""`GPUSampler.sample_many` and `sample_each` on the CPU: the batches that `sample` gives, and one counter."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def graph():
 @pytest.mark.parametrize("options", [{}, {"replace": True, "expand": "frontier", "seed": 2**64 - 1}])
 def test_equals_one_by_one(graph, options):
     rng = np.random.default_rng(1)
-    one, many = (GPUSampler("cpu", graph, [5, 3], **options) for _ in range(2))
+    one, many, each = (GPUSampler("cpu", graph, [5, 3], **options) for _ in range(3))
     numbers = [None, 7, None, 2**48 - 1, None]
     batches = [(rng.permutation(300)[: 10 * at], number) for at, number in enumerate(numbers)]
     for sizes in (None, [-1], [4, 40, 2]):
         expected = [bits(one.sample(seeds, number, sizes=sizes)) for seeds, number in batches]
         assert [bits(batch) for batch in many.sample_many(iter(batches), sizes=sizes)] == expected
-    assert many.sample_many([]) == [] and many.sample([1]).batch == one.sample([1]).batch == 9
+        assert [bits(batch) for batch in each.sample_each(iter(batches), sizes=sizes)] == expected
+    assert many.sample_many([]) == list(each.sample_each([])) == []
+    assert many.sample([1]).batch == each.sample([1]).batch == one.sample([1]).batch == 9
 
 
 def test_the_counter_starts_over(graph):
@@ -58,6 +60,33 @@ def test_errors_take_no_number(graph, batches, error, message):
     assert sampler.sample([1]).batch == 0
 
 
+def test_each_comes_when_asked_for_and_errors_in_their_place(graph):
+    sampler = GPUSampler("cpu", graph, [2])
+    asked = []
+
+    def batches():
+        for seeds in ([1], [2], [3, 300], [4]):
+            asked.append(seeds)
+            yield seeds, None
+
+    each = sampler.sample_each(batches())
+    assert not asked
+    assert next(each).batch == 0 and len(asked) == 1
+    assert next(each).batch == 1 and len(asked) == 2
+    with pytest.raises(ArgumentIndexError, match="got 300 at position 1"):
+        next(each)
+    assert sampler.sample([1]).batch == 2
+    each = sampler.sample_each(batches())
+    assert next(each).batch == 3
+    each.close()
+    assert sampler.sample([1]).batch == 4
+    for bad, error in ((0, ArgumentValueError), (1.5, ArgumentTypeError)):
+        with pytest.raises(error, match="at_once"):
+            sampler.sample_each([], at_once=bad)
+
+
 def test_needs_sizes(graph):
     with pytest.raises(ArgumentValueError, match="sizes needs to be set before sampling"):
         GPUSampler("cpu", graph).sample_many([([1], None)])
+    with pytest.raises(ArgumentValueError, match="sizes needs to be set before sampling"):
+        GPUSampler("cpu", graph).sample_each([([1], None)])

@@ -189,9 +189,6 @@ class DistNodeLoader(EpochLoader[Batch]):
         with contextlib.suppress(_LeftError, RankError, CommunicatorError):
             self.sampler.sample_many(none(), sizes=self.sizes)  # type: ignore[arg-type]
 
-    def _sample(self, items: npt.NDArray[np.int64], number: int) -> _Loaded:
-        return self._make([(items, number)])[0]
-
     def _gather(self, loaded: _Loaded) -> _Loaded:
         if not self.device.is_cuda:
             return loaded

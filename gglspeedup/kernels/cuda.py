@@ -1,8 +1,8 @@
 """The thin layer over CuPy: arrays, kernels compiled on first use, one-way copies, graphs, pinned memory.
 
-Importing this module imports no CuPy. Every method enqueues on the current CuPy stream of the calling thread;
-:meth:`CudaRuntime.read` alone makes the host wait. The tests have a second runtime with the same methods that
-runs the same `.cu` files on the host, so nothing here knows what it launches.
+Importing this module imports no CuPy. Every method enqueues on the current CuPy stream of the calling thread; only
+in :meth:`CudaRuntime.read` and :meth:`CudaRuntime.settle` does the host wait. The tests have a second runtime with the
+same methods that runs the same `.cu` files on the host, so nothing here knows what it launches.
 """
 
 from __future__ import annotations
@@ -75,7 +75,16 @@ class Runtime(Protocol):
         """Copy a host array to a device array of the same bytes; the host array must stay as it is until a read."""
 
     def read(self, device: Any, out: np.ndarray[Any, Any] | None = None) -> np.ndarray[Any, Any]:
-        """Return a device array's values, once all that was enqueued before has run. The one wait of the host."""
+        """Return a device array's values, once all that was enqueued before has run; the host waits."""
+
+    def download(self, device: Any, host: np.ndarray[Any, Any], event: Any = None) -> Any:
+        """Enqueue a copy of a device array to a host array of the same bytes; return the mark at which it is whole.
+
+        `event` is a mark to use again.
+        """
+
+    def settle(self, event: Any) -> None:
+        """Let the host wait for a mark."""
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         """Enqueue a kernel of `grid` times `layers` blocks.
@@ -271,10 +280,22 @@ class CudaRuntime:
             A pinned array of the same bytes to use again; a new one if not given.
         """
         host = self.pinned(device.shape, device.dtype) if out is None else out
-        if device.nbytes:
-            device.data.copy_to_host_async(host.ctypes.data, device.nbytes)
+        self._copy_to_host(device, host)
         self._cupy.cuda.get_current_stream().synchronize()
         return host
+
+    def _copy_to_host(self, device: Any, host: np.ndarray[Any, Any]) -> None:
+        if device.nbytes:
+            device.data.copy_to_host_async(host.ctypes.data, device.nbytes)
+
+    def download(self, device: Any, host: np.ndarray[Any, Any], event: Any = None) -> Any:
+        """Enqueue a copy of a contiguous device array to a pinned one; return the mark at which it is whole."""
+        self._copy_to_host(device, host)
+        return self.record(event)
+
+    def settle(self, event: Any) -> None:
+        """Let the host wait for a mark."""
+        event.synchronize()
 
     def launch(self, kernel: Kernel, grid: int, block: int, arguments: Sequence[Any], layers: int = 1) -> None:
         """Enqueue a kernel, compiled now if it never was (CuPy keeps the machine code on disk)."""
