@@ -19,6 +19,14 @@ export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
 mkdir -p benchmarks/results
 stem="benchmarks/results/$gpu-$(date +%Y-%m-%d)"
 status=0
+# What is left of the 8 minutes decides how long a part may take, so that a slow one leaves out the last ones alone.
+deadline=$((SECONDS + 470))
+limited() {
+    local left=$((deadline - SECONDS)) most=$1
+    shift
+    [ "$left" -gt 1 ] || { echo "left out: the time is up"; return 124; }
+    timeout $((most < left ? most : left)) "$@"
+}
 {
     echo "# $gpu, $(date +%Y-%m-%d)"
     echo
@@ -32,8 +40,8 @@ status=0
     echo "## Tests on the device"
     echo
     echo '```'
-    timeout 200 "$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors \
-        tests/test_gpu.py tests/test_cuda_sample.py tests/test_cuda_many.py tests/test_cuda_gather.py tests/test_errors.py \
+    limited 200 "$python" -m pytest -q -W default -p no:cacheprovider --continue-on-collection-errors \
+        tests/test_gpu.py tests/test_cuda_sample.py tests/test_cuda_many.py tests/test_cuda_each.py tests/test_cuda_gather.py tests/test_errors.py \
         tests/test_interchange.py tests/test_subgraphs.py tests/test_history_gpu.py 2>&1 | tail -25
     [ "${PIPESTATUS[0]}" = 0 ] || status=1
     echo '```'
@@ -44,7 +52,7 @@ status=0
     if command -v compute-sanitizer > /dev/null; then
         for tool in memcheck racecheck; do
             echo "$tool:"
-            timeout 45 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" -m benchmarks.small 2>&1 | tail -5
+            limited 45 compute-sanitizer --tool "$tool" --error-exitcode 3 "$python" -m benchmarks.small 2>&1 | tail -5
             [ "${PIPESTATUS[0]}" = 0 ] || status=1
         done
     else
@@ -54,34 +62,36 @@ status=0
     echo
     echo "## Sampling"
     echo
-    timeout 120 "$python" -m benchmarks.sampling --device cuda:0 --peers --graphs products --rounds 5 --batches 50 \
+    limited 120 "$python" -m benchmarks.sampling --device cuda:0 --peers --graphs products --rounds 5 --batches 50 \
         --json "$stem-sampling.json" 2>&1 || status=1
     echo "## Small batches, one by one and together (sample_many)"
     echo
-    timeout 45 "$python" -m benchmarks.sampling --device cuda:0 --peers --many --graphs rmat-20-30000000 --batch-size 64 \
+    limited 45 "$python" -m benchmarks.sampling --device cuda:0 --peers --many --graphs rmat-20-30000000 --batch-size 64 \
         --batches 64 --rounds 5 --json "$stem-many.json" 2>&1 || status=1
     echo "## Gathering"
     echo
-    timeout 90 "$python" -m benchmarks.gather --device cuda:0 --rounds 5 --rows 8000000 --ids 1000000 \
+    limited 90 "$python" -m benchmarks.gather --device cuda:0 --rounds 5 --rows 8000000 --ids 1000000 \
         --json "$stem-gather.json" 2>&1 || status=1
     echo
     echo "## End to end"
     echo
     echo '```'
-    timeout 60 "$python" -m benchmarks.overlap --device cuda:0 --graph rmat-20-30000000 --hidden 128 --batches 50 \
+    limited 60 "$python" -m benchmarks.overlap --device cuda:0 --graph rmat-20-30000000 --hidden 128 --batches 50 \
         --threads 8 --json "$stem-overlap.json" 2>&1 || status=1
-    timeout 60 "$python" -m benchmarks.histories --device cuda:0 --hidden 256 --ratios 0.5 1.5 2.5 --rounds 5 \
+    limited 60 "$python" -m benchmarks.histories --device cuda:0 --hidden 256 --ratios 0.5 1.5 2.5 --rounds 5 \
         --json "$stem-histories.json" 2>&1 || status=1
-    timeout 70 "$python" -m benchmarks.depth --device cuda:0 --depths 4 16 --ways full gas recompute \
+    limited 70 "$python" -m benchmarks.depth --device cuda:0 --depths 4 16 --ways full gas recompute \
         --json "$stem-depth.json" 2>&1 || status=1
     if "$python" -c 'import torch_geometric, tqdm' 2>/dev/null; then
-        timeout 60 "$python" demo/sage_torch.py --dataset digits --device cuda:0 --out "$site/out" 2>&1 | tail -12
+        limited 60 "$python" demo/sage_torch.py --dataset digits --device cuda:0 --out "$site/out" 2>&1 | tail -12
         [ "${PIPESTATUS[0]}" = 0 ] || status=1
     else
         echo "the demo was not run: this machine has no PyG or no tqdm"
     fi
     echo '```'
+    exit "$status"  # of this side of the pipe
 } | tee "$stem.md"
+status=${PIPESTATUS[0]}
 "$python" - "$stem" <<'PY'
 import json, pathlib, sys
 stem = sys.argv[1]

@@ -54,7 +54,8 @@ def main() -> None:
                     gglspeedup.set_num_threads(threads)
                     print(f"independent random reads, {threads} threads: {limits.random_reads() / 1e6:.0f} M/s")
                 for fanouts in options.fanouts:
-                    names = ["gglspeedup", *(["gglspeedup-many"] if options.many else []), *options.peers]
+                    names = ["gglspeedup", *(["gglspeedup-ahead"] if on_gpu else []),
+                             *(["gglspeedup-many"] if options.many else []), *options.peers]  # fmt: skip
                     if threads > 1 and "graphbolt" in names:
                         names.append("graphbolt-workers")
                     contestants = [

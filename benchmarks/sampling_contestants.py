@@ -33,14 +33,22 @@ class Job:
         return [self.order[(begin + b) * self.batch % last :][: self.batch] for b in range(self.batches)]
 
 
-def gglspeedup(job: Job, many: bool = False) -> tuple[str, Run]:
-    """This library: n_id, edge_index and e_id of every hop, int64; all batches of a round in one call, if `many`."""
+def gglspeedup(job: Job, way: str = "one") -> tuple[str, Run]:
+    """This library: n_id, edge_index and e_id of every hop, int64.
+
+    `way` is "one" (a call of `sample` a batch), "ahead" (`sample_each`) or "many" (a call of `sample_many` a round).
+    """
     import gglspeedup
     from gglspeedup import GPUSampler
 
     gglspeedup.set_num_threads(job.threads)
     sampler = GPUSampler(job.device, (job.indptr, job.indices), job.fanouts)
     versions = f"gglspeedup {gglspeedup.__version__}"
+    ways = {
+        "one": lambda batches: (sampler.sample(*batch) for batch in batches),
+        "ahead": sampler.sample_each,
+        "many": sampler.sample_many,
+    }
 
     def wait() -> None:
         if sampler.device.is_cuda:
@@ -51,12 +59,8 @@ def gglspeedup(job: Job, many: bool = False) -> tuple[str, Run]:
         seeds = job.seeds(k)
         wait()
         begin = time.perf_counter()
-        if many:
-            for batch in sampler.sample_many([(ids, None) for ids in seeds]):
-                edges += sum(adj.e_id.size for adj in batch.adjs)
-        else:
-            for ids in seeds:
-                edges += sum(adj.e_id.size for adj in sampler.sample(ids).adjs)
+        for batch in ways[way]([(ids, None) for ids in seeds]):
+            edges += sum(adj.e_id.size for adj in batch.adjs)
         wait()
         return edges, time.perf_counter() - begin
 
@@ -164,7 +168,8 @@ def pyg_lib(job: Job) -> tuple[str, Run]:
 
 CONTESTANTS: dict[str, Callable[[Job], tuple[str, Run]]] = {
     "gglspeedup": gglspeedup,
-    "gglspeedup-many": lambda job: gglspeedup(job, many=True),
+    "gglspeedup-ahead": lambda job: gglspeedup(job, "ahead"),
+    "gglspeedup-many": lambda job: gglspeedup(job, "many"),
     "graphbolt": graphbolt,
     "graphbolt-int32": lambda job: graphbolt(job, "int32"),
     "graphbolt-workers": graphbolt_workers,

@@ -8,6 +8,7 @@ raises is tried again, with nothing in its way, and must give what it gave witho
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import pickle
 import sys
@@ -201,7 +202,7 @@ def sampling_each(at_once: int) -> list[Step]:
             batches = [(np.arange(at + 1, at + 9), at) for at in range(count)]
             made = held.sampler.sample_each(batches, at_once=at_once)
             try:
-                return [(b.n_id, *(part for adj in b.adjs for part in adj)) for _, b in zip(range(given), made)]
+                return [(b.n_id, *(part for adj in b.adjs for part in adj)) for b in itertools.islice(made, given)]
             finally:
                 made.close()
 

@@ -25,7 +25,7 @@ LAYERS = [
     ["sharded_graph"],
     ["metis", "normalise"],
     ["partitions"],
-    ["recordings_gpu"],
+    ["recordings_gpu", "in_flight"],
     ["workspace_gpu"],
     ["hops_gpu"],
     ["batches_gpu"],
