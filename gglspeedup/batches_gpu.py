@@ -85,7 +85,7 @@ class CudaBatches:
         stride = bound + sum(hop.edges for hop in bounds)
         target = self._target._replace(batches=count)
         launches = Launches(target, self._graph)
-        with self._runtime.activate(), self._workspaces.begin() as workspace:
+        with self._workspaces.begin() as workspace:
             workspace.reserve_states(count, count * bound)
             workspace.reserve_batches(count, stride, max(bound, *(hop.nodes for hop in bounds)))
             self._send(workspace, batches, seed, stride)
@@ -105,7 +105,7 @@ class CudaBatches:
     def _finish(
         self, workspace: BatchesWorkspace, target: gpu.Target, batches: Batches, hops: int
     ) -> list[tuple[Any, list[Any]]]:
-        with self._runtime.activate(), self._workspaces.finish(workspace):
+        with self._workspaces.finish(workspace):
             states = workspace.finish_read().reshape(-1, gpu.BATCH_STATE_SIZE)
             for (seeds, _), state in zip(batches, states, strict=True):
                 check_counts(self._runtime, state[gpu.BAD_RANGE :], seeds, self._graph.num_nodes)

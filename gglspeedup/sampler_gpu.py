@@ -135,8 +135,7 @@ class CudaSampler:
         ArgumentValueError
             A seed repeats an earlier one, or a batch might have 2**31 edges.
         """
-        (result,) = self._begin([(seeds, batch)], hops_of(sizes, replace, expand), seed).finish()
-        return result
+        return self._sample_one(seeds, batch, hops_of(sizes, replace, expand), seed)
 
     def sample_each(
         self, batches: Iterable[Numbered], sizes: Sequence[int], *, seed: int, replace: bool = False,
@@ -173,37 +172,45 @@ class CudaSampler:
 
     def _begin(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> InFlight:
         """Enqueue batches, and the copy of their counts to the host; what is made is an iterable of results."""
-        if len(group) == 1:
-            return self._begin_one(*group[0], hops, seed)
-        one_by_one = partial(self._one_by_one, group, hops, seed)
-        try:
-            begun = self._many.begin(group, hops, seed)
-        except MemoryError as error:
-            self._many.give_up(error)
-            return InFlight(one_by_one, alone=True)
 
         def finish() -> Iterable[Sampled]:
             try:
-                found: list[Sampled] = begun.finish()
+                with self.runtime.activate():
+                    found: list[Sampled] = begun.finish()
             except (ArgumentIndexError, ArgumentValueError):
+                if len(group) == 1:
+                    raise
                 return one_by_one()  # those before the bad one are not lost
             return found
 
+        def one_by_one() -> Iterator[Sampled]:
+            return (self._sample_one(*numbered, hops, seed) for numbered in group)
+
+        with self.runtime.activate():
+            if len(group) == 1:
+                begun = self._begin_one(*group[0], hops, seed)
+            else:
+                try:
+                    begun = self._many.begin(group, hops, seed)
+                except MemoryError as error:
+                    self._many.give_up(error)
+                    return InFlight(one_by_one, alone=True)
         return InFlight(finish, begun.abandon)
 
-    def _one_by_one(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> Iterator[Sampled]:
-        for numbered in group:
-            yield from self._begin_one(*numbered, hops, seed).finish()
+    def _sample_one(self, seeds: Any, batch: int, hops: tuple[gpu.Hop, ...], seed: int) -> Sampled:
+        with self.runtime.activate():
+            (sampled,) = self._begin_one(seeds, batch, hops, seed).finish()
+        return sampled
 
     def _begin_one(self, seeds: Any, batch: int, hops: tuple[gpu.Hop, ...], seed: int) -> InFlight:
         order = _Batch(len(seeds), seeds_bound(len(seeds)), hops)
-        with self.runtime.activate(), self._workspaces.begin() as workspace:
+        with self._workspaces.begin() as workspace:
             self._send(workspace, order, seeds, seed, batch)
             self._run(workspace, order)
         return InFlight(partial(self._finish, workspace, order, seeds), partial(self._workspaces.abandon, workspace))
 
     def _finish(self, workspace: Workspace, order: _Batch, seeds: Any) -> list[Sampled]:
-        with self.runtime.activate(), self._workspaces.finish(workspace):
+        with self._workspaces.finish(workspace):
             counts = workspace.finish_read()
             check_counts(self.runtime, counts, seeds, self.num_nodes)
             return [self._emit(workspace, order, counts)]

@@ -219,15 +219,21 @@ class Workspaces(Generic[AnyWorkspace]):
             workspace = self._make()
         else:
             self._runtime.wait(workspace.event)
-        with self._given_back_if_refused(workspace):
+        try:
             yield workspace
+        except BaseException as error:
+            self._take_back(workspace, error)
+            raise
 
     @contextlib.contextmanager
     def finish(self, workspace: AnyWorkspace) -> Iterator[None]:
         """Take a workspace back after what is enqueued within the block."""
-        with self._given_back_if_refused(workspace):
+        try:
             yield
             self._release(workspace)
+        except BaseException as error:
+            self._take_back(workspace, error)
+            raise
 
     def abandon(self, workspace: AnyWorkspace) -> None:
         """Take back a workspace whose batch nobody wants any more."""
@@ -236,17 +242,12 @@ class Workspaces(Generic[AnyWorkspace]):
             workspace.finish_read()
             self._put_back(workspace)
 
-    @contextlib.contextmanager
-    def _given_back_if_refused(self, workspace: AnyWorkspace) -> Iterator[None]:
-        try:
-            yield
-        except (ArgumentIndexError, ArgumentValueError):
+    def _take_back(self, workspace: AnyWorkspace, error: BaseException) -> None:
+        if isinstance(error, (ArgumentIndexError, ArgumentValueError)):
             self._release(workspace)
-            raise
-        except BaseException:
-            with contextlib.suppress(Exception):  # what was enqueued may still use the buffers that go now
-                self._runtime.read(workspace.arrays["state"][:1])
-            raise
+            return
+        with contextlib.suppress(Exception):  # what was enqueued may still use the buffers that go now
+            self._runtime.read(workspace.arrays["state"][:1])
 
     def _release(self, workspace: AnyWorkspace) -> None:
         workspace.event = self._runtime.record(workspace.event)
