@@ -24,6 +24,7 @@ _layer_lock = threading.Lock()
 _launch_lock: threading.Lock | None = None
 _layer_ready = False
 _announced = False
+_compiled: set[Any] = set()  # kernels that are
 
 
 @functools.lru_cache(maxsize=1)
@@ -122,7 +123,10 @@ def numba() -> ModuleType:
 def announce_compilation(kernel: Any) -> None:
     """Say so in the log, once a process, if the first call of a kernel is about to compile, which takes seconds."""
     global _announced
-    if _announced or kernel.signatures:
+    if _announced or kernel in _compiled:
+        return
+    if kernel.signatures:  # which takes longer than all else of a small batch
+        _compiled.add(kernel)
         return
     folder = kernel._cache.cache_path
     if not glob.glob(os.path.join(glob.escape(folder), f"*.{kernel.__name__}-*.nbi")):
