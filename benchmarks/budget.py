@@ -1,9 +1,9 @@
 """What a memory limit keeps and costs on a CPU; ``python -m benchmarks.budget [peak] [loss] [accuracy] [overhead]``.
 
 ``peak``: predicted against measured peak, and batches above 70 % of the unlimited peak, without the limit and with it;
-each training is a process of its own. ``loss``: how far splitting moves the loss curve. ``accuracy``: what each policy
-costs on real graphs when batches have a share of the memory that they need. ``overhead``: epochs with a limit that is
-never reached against epochs without one, in turn.
+each training is a process of its own. ``loss``: how far splitting moves the loss curve, and why. ``accuracy``: what
+each policy costs on real graphs when batches have a share of the memory that they need. ``overhead``: epochs with a
+limit that is never reached against epochs without one, in turn.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
@@ -163,7 +165,8 @@ def most_needed(loader: NodeLoader) -> float:
 
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print how far splitting moves the loss curve."""
+    """Measure and print how far the loss curve is moved by splitting; without splitting, by edges in reverse order; and
+    in float64 without splitting, by turning the ReLUs that were the first to differ when splitting."""
     case = Case(graph="rmat-16-1000000", width=64, hidden=64, fanouts=(10, 10), batch_size=512)
     graph, x, y, seeds = problem(case)
     kinds: dict[str, Any] = {
@@ -171,39 +174,80 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
         "backend": "torch",
     }  # fmt: skip
     results = {}
-    print("| numbers | optimiser | steps | split | parts | loss, first to last | largest difference, a seed |")
-    print("|---" * 7 + "|")
-    for dtype, rule in ((torch.float64, "Adam"), (torch.float32, "Adam"), (torch.float32, "SGD")):
+    print("Largest relative difference of a step's loss, each seed (first step where a hidden unit's sign differs)\n")
+    print("| numbers | optimiser | activation | steps | split | parts | loss, first to last | split |", end="")
+    print(" edges reversed | float64, the split's first signs turned |\n" + "|---" * 10 + "|")
+    exact = partial(NodeLoader, graph, torch.from_numpy(x).double(), y, **kinds)
+    rows = ((torch.float64, "Adam", "relu"), (torch.float32, "Adam", "relu"), (torch.float32, "SGD", "relu"))
+    for dtype, rule, activation in (*rows, (torch.float32, "Adam", "softplus")):
         features = torch.from_numpy(x).to(dtype)
-        limit = int(0.5 * most_needed(NodeLoader(graph, features, y, **kinds)) * features.element_size() / 4)
+        loader = partial(NodeLoader, graph, features, y, **kinds)
+        limit = int(0.5 * most_needed(loader()) * features.element_size() / 4)
         model = stated_model(2, case.width * features.element_size() // 4)
         budget = MemoryBudget(limit, model=model, learn=False)
-        differences = []
+        told: dict[str, list[Any]] = {"split": [], "reversed": [], "turned": []}
         for seed in range(options.seeds):
-            loaders = [NodeLoader(graph, features, y, **kinds, memory_limit=limit) for limit in (None, budget)]
-            curves = [_curve(case, dtype, rule, seed, loader) for loader in loaders]
-            differences.append(float(np.abs(np.array(curves[1]) / np.array(curves[0]) - 1).max()))
+            with mock.patch.object(torch.nn.functional, "relu", getattr(torch.nn.functional, activation)):
+                curve = _curve(case, dtype, rule, seed, loader())
+                told["split"].append(_apart(curve, _curve(case, dtype, rule, seed, loader(memory_limit=budget))))
+                told["reversed"].append(_apart(curve, _curve(case, dtype, rule, seed, loader(), reverse=True)))
+            if activation == "relu" and (turn := told["split"][-1][1:]) != (0, []):
+                curves = (_curve(case, torch.float64, rule, seed, exact(), turn=turned) for turned in ((0, []), turn))
+                told["turned"].append(_apart(*curves))
         stats = budget.stats()
-        results[f"{dtype} {rule}"] = {"differences": differences, **stats}
+        results[f"{dtype} {rule} {activation}"] = {"differences": told, **stats}
+        cells = [", ".join(f"{apart:.1e}" + f" ({step})" * (step > 0) for apart, step, _ in c) for c in told.values()]
         print(
-            f"| {dtype} | {rule} | {stats['batches']} | {stats['split']} | {stats['parts']} | {curves[0][0]:.3f} to "
-            f"{curves[0][-1]:.3f} | {', '.join(f'{difference:.1e}' for difference in differences)} |", flush=True,
+            f"| {dtype} | {rule} | {activation} | {stats['batches']} | {stats['split']} | {stats['parts']} | "
+            f"{curve[0][0]:.3f} to {curve[0][-1]:.3f} | {' | '.join(cells)} |", flush=True,
         )  # fmt: skip
     return results
 
 
-def _curve(case: Case, dtype: torch.dtype, rule: str, seed: int, loader: NodeLoader) -> list[float]:
+Turn = tuple[int, list[tuple[int, int]]]  # a step, counted from 1, and (node, unit) pairs; 0 for none
+
+
+def _curve(
+    case: Case, dtype: torch.dtype, rule: str, seed: int, loader: NodeLoader, *, reverse: bool = False,
+    turn: Turn = (0, []),
+) -> tuple[list[float], list[dict[int, Any]]]:  # fmt: skip
+    """Return each step's loss, and which of a node's hidden units were above 0; `turn` moves some to the other side."""
     model, _ = learner(case, seed)
     model = model.to(dtype)
     optimizer = getattr(torch.optim, rule)(model.parameters(), 0.003 if rule == "Adam" else 0.3)
-    curve, loss = [], 0.0
+    curve, signs, loss = [], [{}], 0.0  # type: ignore[var-annotated]
+
+    def watch(_: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        nodes = batch.n_id[: len(hidden)].tolist()
+        if len(signs) == turn[0]:
+            change = torch.zeros_like(hidden)
+            for node, unit in turn[1]:
+                change[nodes.index(node), unit] = -2 * hidden[nodes.index(node), unit].detach()
+            hidden = hidden + change
+        signs[-1].update(zip(nodes, (hidden > 0).numpy(), strict=True))
+        return hidden
+
+    model.layers[0].register_forward_hook(watch)  # type: ignore[index, union-attr]
     for _ in range(3):
         for batch in loader:
+            if reverse:
+                batch.adjs = [adj._replace(edge_index=adj.edge_index.flip(1)) for adj in batch.adjs]
             loss += learn(model, optimizer, batch)
             if batch.last:
                 curve.append(loss)
+                signs.append({})
                 loss = 0.0
-    return curve
+    return curve, signs
+
+
+def _apart(one: tuple[list[float], list[Any]], other: tuple[list[float], list[Any]]) -> tuple[float, int, Any]:
+    """Return the largest relative difference of a step's loss, and the first step with signs that differ, and which."""
+    apart = float(np.abs(np.array(other[0]) / np.array(one[0]) - 1).max())
+    for step, (ours, theirs) in enumerate(zip(one[1], other[1], strict=True), 1):
+        turned = [(node, int(unit)) for node in ours for unit in np.flatnonzero(ours[node] != theirs[node])]
+        if turned:
+            return apart, step, turned
+    return apart, 0, []
 
 
 def accuracies(options: argparse.Namespace) -> dict[str, Any]:
