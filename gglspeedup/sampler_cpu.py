@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,13 @@ logger = logging.getLogger("gglspeedup")
 _MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
 # Up to here a dense table was as fast as a hash table or faster, whatever the batch (docs/benchmarks.md).
 DENSE_NODES = 1 << 25
-_ROWS_A_THREAD = 4096  # to count: waking a thread costs as much as that
+_MOST_KINDS = 64  # of batches, whose numbers of edges are kept
+# Buffers of `sample_hops` in the order of its arguments; None is the type of node ids.
+_SCRATCH: dict[str, Any] = {
+    "nodes": None, "start": np.int64, "degree": np.int64, "offsets": np.int64, "left": np.int64, "c1": np.uint32,
+    "c3": np.uint32, "words": np.uint32, "seen": np.int64, "tags": np.int64, "neighbour": None, "pending": np.int64,
+    "state": np.int64,
+}  # fmt: skip
 
 
 class Workspace:
@@ -42,7 +48,9 @@ class Workspace:
         self.keys = np.empty(0, key_dtype)
         self.table = np.zeros(0 if hashed else num_nodes, np.int32)
         self.base = 1
-        self._buffers: dict[str, Array] = {}
+        self._dtypes = {name: key_dtype if dtype is None else dtype for name, dtype in _SCRATCH.items()}
+        self._buffers: dict[str, Array] = {name: np.empty(0, dtype) for name, dtype in self._dtypes.items()}
+        self._expected: dict[Hashable, list[int]] = {}
 
     def begin(self) -> int:
         """Return the base of a new batch."""
@@ -70,6 +78,25 @@ class Workspace:
         if buffer is None or buffer.dtype != dtype or len(buffer) < size:
             buffer = self._buffers[name] = np.empty(size + size // 4, dtype)
         return buffer[:size]
+
+    def make_room(self, **sizes: int) -> None:
+        """Make room in buffers of :meth:`scratch`; what they hold is lost where they grow."""
+        for name, size in sizes.items():
+            self.array(name, max(0, size), self._dtypes[name])
+
+    def scratch(self) -> list[Array]:
+        """Return the whole buffers that `sample_hops` works in, in the order of its arguments."""
+        return [self._buffers[name] for name in self._dtypes]
+
+    def expected(self, kind: Hashable, hops: int) -> list[int]:
+        """Return how many edges to have room for in each hop of a batch of a kind; 0 where nothing is known."""
+        return self._expected.get(kind, [0] * hops)
+
+    def expect(self, kind: Hashable, edges: list[int]) -> None:
+        """Keep what the next batch of a kind may need."""
+        if len(self._expected) >= _MOST_KINDS:
+            self._expected.clear()
+        self._expected[kind] = edges
 
     def grown(self, name: str, used: int, size: int, dtype: npt.DTypeLike) -> Array:
         """Return the buffer with room for `size` elements, the first `used` of them kept."""
@@ -149,7 +176,7 @@ class CpuSampler:
     ) -> tuple[Array, list[Hop]]:
         from gglspeedup.kernels import sample_cpu as kernels
 
-        announce_compilation(kernels.sample_hop)
+        announce_compilation(kernels.sample_hops)
         base = space.begin()
         check_range(seeds, self._num_nodes, "seeds")
         nodes = space.grown("nodes", 0, len(seeds), self._index_dtype)
@@ -159,38 +186,60 @@ class CpuSampler:
         if repeated >= 0:
             raise duplicate("seeds", repeated, int(seeds[repeated]))
         key = np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
-        counter = np.uint32(batch & 0xFFFFFFFF), (batch >> 32) << 16
-        count, low = len(seeds), 0
-        hops: list[Hop] = []
-        for hop, fanout in enumerate(sizes):
-            high = count
-            rows = kernels.rows_per_chunk(fanout)
-            chunks = -(-(high - low) // rows)
-            start, degree = (space.array(name, high - low, np.int64) for name in ("start", "degree"))
-            offsets = space.array("offsets", chunks + 1, np.int64)
-            with launching(most=(high - low) // _ROWS_A_THREAD):
-                edges = kernels.count_hop(self._indptr, nodes, low, high, fanout, replace, rows, start, degree, offsets)
-            most = min(count + edges, self._num_nodes)
-            nodes = space.grown("nodes", count, most + 1, self._index_dtype)
-            space.reserve(most, count, nodes)
-            edge_index, e_id = self._pool.empty_pair((2, edges), (edges,), np.int64)
-            words = -(-max(fanout, 0) // 4) * 4
-            with launching(most=chunks) as workers:
-                count = kernels.sample_hop(
-                    workers, self._indices, self._edge_ids, nodes, low, high, count, fanout, replace, *key,
-                    counter[0], np.uint32(counter[1] | hop << 8), rows, start, degree, offsets,
-                    np.int32(base), space.keys, space.table, e_id,
-                    space.array("neighbour", edges, self._index_dtype), space.array("pending", edges, np.int64),
-                    space.array("left", chunks, np.int64), edge_index[0], edge_index[1],
-                    space.array("state", kernels.STATE_SIZE, np.int64),
-                    *(space.array(name, workers * rows, np.uint32).reshape(workers, rows) for name in ("c1", "c3")),
-                    space.array("words", workers * words * rows, np.uint32).reshape(workers, words, rows),
-                    *(space.array(name, workers * kernels.SEEN_SIZE, np.int64).reshape(workers, -1)
-                      for name in ("seen", "tags")),
+        counter = np.uint32(batch & 0xFFFFFFFF), np.uint32((batch >> 32) << 16)
+        fanouts = np.array(sizes, np.int64)
+        progress = np.array([0, 0, len(seeds), len(seeds), -1])
+        found = np.zeros((len(sizes), kernels.FOUND_SIZE), np.int64)
+        kind = (sizes, replace, expand, len(seeds).bit_length())
+        outputs = [self._output(found, hop, edges) for hop, edges in enumerate(space.expected(kind, len(sizes)))]
+        with launching() as threads:
+            while True:
+                kernels.sample_hops(
+                    threads, self._indptr, self._indices, self._edge_ids, self._num_nodes, fanouts, replace,
+                    expand == "frontier", *key, *counter, np.int32(base), space.keys, space.table, *space.scratch(),
+                    progress, found,
                 )  # fmt: skip
-            hops.append((edge_index, e_id, (count, high)))
-            low = high if expand == "frontier" else 0
-        space.base = base + count
-        n_id = self._pool.empty((count,), np.int64)
-        n_id[:] = nodes[:count]
+                if progress[kernels.HOP] == len(sizes):
+                    break
+                self._make_room(space, sizes, threads, progress, found, outputs)
+        counts = found[:, : kernels.FOUND_EDGES + 1].tolist()
+        space.expect(kind, [edges + edges // 8 for _, _, edges in counts])
+        space.base = base + counts[-1][0]
+        n_id = self._pool.empty((counts[-1][0],), np.int64)
+        n_id[:] = space.array("nodes", counts[-1][0], self._index_dtype)
+        hops = [
+            (output[: 2 * edges].reshape(2, edges), output[kernels.second_of(edges) :][:edges], (known, rows))
+            for output, (known, rows, edges) in zip(outputs, counts, strict=True)
+        ]
         return n_id, hops[::-1]
+
+    def _output(self, found: Array, hop: int, edges: int) -> Array:
+        """Return a buffer for a hop of so many edges, and tell the kernel of it."""
+        from gglspeedup.kernels import sample_cpu as kernels
+
+        output = self._pool.empty((kernels.second_of(edges) + edges,), np.int64)
+        found[hop, kernels.ADDRESS], found[hop, kernels.ROOM] = output.ctypes.data, len(output)
+        return output
+
+    def _make_room(
+        self, space: Workspace, sizes: tuple[int, ...], threads: int, progress: Array, found: Array,
+        outputs: list[Array],
+    ) -> None:  # fmt: skip
+        """Make room for the hop at hand: for its rows and, once they are counted, for its edges."""
+        from gglspeedup.kernels import sample_cpu as kernels
+
+        hop, low, high, count, edges = progress.tolist()
+        chunk, chunks = kernels.rows_per_chunk(sizes[hop]), kernels.chunks_of(high - low, sizes[hop])
+        space.make_room(
+            start=high - low, degree=high - low, offsets=chunks + 1, left=chunks, c1=threads * chunk,
+            c3=threads * chunk, words=threads * chunk * kernels.words_of(sizes[hop]),
+            seen=threads * kernels.SEEN_SIZE, tags=threads * kernels.SEEN_SIZE, neighbour=edges, pending=edges,
+            state=kernels.STATE_SIZE,
+        )  # fmt: skip
+        if edges < 0:
+            return
+        most = min(count + edges, self._num_nodes)
+        nodes = space.grown("nodes", count, most + 1, self._index_dtype)
+        space.reserve(most, count, nodes)
+        if found[hop, kernels.ROOM] < kernels.second_of(edges) + edges:
+            outputs[hop] = self._output(found, hop, edges)

@@ -96,6 +96,23 @@ def test_threads_do_not_matter(table):
             assert got == expected
 
 
+@pytest.mark.parametrize("table", ["dense", "hash"])
+def test_buffers_of_other_batches_do_not_matter(table):
+    """Batches of many kinds, by more or fewer threads, in the buffers that the ones before them have left."""
+    rng = np.random.default_rng(3)
+    graph = random_graph(rng, 700, 9, hub=3000)
+    sampler = GPUSampler("cpu", graph, [1])
+    sampler._sampler = CpuSampler(graph, table)
+    kinds = [(1, [3]), (2, [-1, 2]), (1, [60, 5]), (2, [60, 5]), (2, [1, 1, 1]), (1, [-1, -1]), (2, [200])]
+    for place in [*range(len(kinds)), *rng.integers(0, len(kinds), 40)]:
+        threads, sizes = kinds[place]
+        gglspeedup.set_num_threads(threads)
+        # What the last batch of a kind needed is enough for this one, nearly so, or not at all.
+        seeds = rng.permutation(700)[: int(rng.choice([0, 1, 60, 63, 300]))]
+        expected = naive.sample(graph.indptr, graph.indices, seeds, sizes, batch=5)
+        assert_equal(sampler.sample(seeds, 5, sizes=sizes), expected)
+
+
 def test_more_workers_than_cores():
     """Eight workers on any machine, through the kernel itself: schedules that two cores alone would not show."""
     code = """

@@ -59,6 +59,16 @@ def load_address(_typing: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
+def pointer_to(_typing: Any, address: Any, like: Any) -> Any:
+    """Return an address given as an integer as a pointer to elements of the type of the array `like`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like.dtype)(types.int64, like), generate
+
+
+@intrinsic
 def copy_bytes(_typing: Any, target: Any, source: Any, count: Any) -> Any:
     """Copy `count` bytes between two addresses given as integers."""
 

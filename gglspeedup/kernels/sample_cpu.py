@@ -1,7 +1,10 @@
-"""Neighbour sampling of one hop on the CPU: count, draw, gather, relabel.
+"""Neighbour sampling on the CPU, hop by hop: count, draw, gather, relabel.
 
-A hop is cut into chunks of `rows` frontier rows. Workers take chunks by ticket, draw and gather them
-in any order; whoever finishes a chunk relabels, under a try-lock, all chunks that are next in order.
+:func:`sample_hops` does as many hops as there is room for without coming back to Python, whose lock other threads
+hold meanwhile: to get it back costs more than a small hop.
+
+A hop is cut into chunks of `rows` frontier rows. Workers take chunks by ticket, draw and gather them in any order;
+whoever finishes a chunk relabels, under a try-lock, all chunks that are next in order.
 Local ids are therefore given in the order of the edge list whatever the schedule, nobody waits, and
 only ids not known when the chunk was gathered are left for the part that is serial.
 
@@ -11,23 +14,59 @@ Selection without replacement is Floyd's (Bentley and Floyd, "A sample of brilli
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import carray, njit, prange, types
+from numba.extending import register_jitable
 
-from gglspeedup.kernels.intrinsics import exchange, fetch_add, load_acquire, prefetch, store_release
+from gglspeedup.kernels.intrinsics import (
+    exchange,
+    fetch_add,
+    load_acquire,
+    pointer_to,
+    prefetch,
+    store_release,
+)
 from gglspeedup.kernels.pieces_cpu import element, prefetch_element
 from gglspeedup.kernels.random import bounded, philox
 
 # Cells of `state`, each on a cache line of its own so that tickets do not slow the lock.
 TICKET, LOCK, NEXT, NODES, STATE_SIZE = 0, 16, 32, 48, 64
 
+# Cells of `progress`: the hop at hand, its rows nodes[LOW:HIGH], the nodes found so far, and its edges, -1 uncounted.
+HOP, LOW, HIGH, COUNT, EDGES, PROGRESS_SIZE = range(6)
+# What `found` holds of a hop: nodes known in the end, the end of its rows, its edges, where they go, the room there.
+FOUND_NODES, FOUND_ROWS, FOUND_EDGES, ADDRESS, ROOM, FOUND_SIZE = range(6)
+
+# How many threads a kernel that is called next may use, as numba.set_num_threads, which cannot be cached.
+_use_threads = types.ExternalFunction("set_num_threads", types.void(types.int32))
+
+_ROWS_A_THREAD = 4096  # to count: waking a thread costs as much as that
 _AHEAD = 16  # elements between a prefetch and its use
 SEEN_SIZE = 2048  # cells of the hash set for long rows of picks: twice the largest fanout
 _BLOOM_FANOUT = 32  # up to this fanout one 64-bit word keeps most duplicate scans away
 
 
-def rows_per_chunk(fanout: int) -> int:
+@register_jitable
+def rows_per_chunk(fanout):
     """Return how many frontier rows make one chunk, about 2048 edges."""
     return 64 if fanout <= 0 else max(8, min(128, 2048 // fanout))
+
+
+@register_jitable
+def chunks_of(rows, fanout):
+    """Return the number of chunks of so many rows."""
+    return -(-rows // rows_per_chunk(fanout))
+
+
+@register_jitable
+def words_of(fanout):
+    """Return how many random words a row has room for."""
+    return -(-max(fanout, 0) // 4) * 4
+
+
+@register_jitable
+def second_of(edges):
+    """Return where the edge ids begin in a hop's output of int64, on a multiple of 64 bytes behind the edges."""
+    return -(-2 * edges // 8) * 8
 
 
 @njit(inline="always")
@@ -319,3 +358,52 @@ def sample_hop(
         )  # fmt: skip
     _relabel_in_order(offsets, base, keys, table, neighbour, pending, left, nodes, source, state)
     return state[NODES]
+
+
+@njit(cache=True, nogil=True)
+def sample_hops(
+    threads, indptr, indices, edge_ids, num_nodes, fanouts, replace, frontier, k0, k1, c2, c3_batch, base, keys, table,
+    nodes, start, degree, offsets, left, c1, c3, words, seen, tags, neighbour, pending, state, progress, found,
+):  # fmt: skip
+    """Sample hops from `progress` on, until one has no room in a buffer, which `progress` then tells of; see HOP."""
+    while progress[HOP] < len(fanouts):
+        hop = progress[HOP]
+        low, high, count, fanout = progress[LOW], progress[HIGH], progress[COUNT], fanouts[hop]
+        rows, chunks = rows_per_chunk(fanout), chunks_of(high - low, fanout)
+        cells = words_of(fanout) * rows
+        if min(len(start), len(degree)) < high - low or len(offsets) <= chunks or len(left) < chunks:
+            return
+        if min(len(c1), len(c3)) < threads * rows or len(words) < threads * cells:
+            return
+        if min(len(seen), len(tags)) < threads * SEEN_SIZE or len(state) < STATE_SIZE:
+            return
+        if progress[EDGES] < 0:
+            _use_threads(np.int32(max(1, min(threads, (high - low) // _ROWS_A_THREAD))))
+            progress[EDGES] = count_hop(
+                indptr, nodes, low, high, fanout, replace, rows, start[: high - low], degree[: high - low],
+                offsets[: chunks + 1],
+            )  # fmt: skip
+        edges = progress[EDGES]
+        most = min(count + edges, num_nodes)
+        if len(nodes) <= most or min(len(neighbour), len(pending)) < edges or 0 < len(keys) < 2 * most:
+            return
+        if found[hop, ROOM] < second_of(edges) + edges:
+            return
+        workers = max(1, min(threads, chunks))
+        _use_threads(np.int32(workers))
+        output = carray(pointer_to(found[hop, ADDRESS], progress), (second_of(edges) + edges,))
+        progress[COUNT] = sample_hop(
+            workers, indices, edge_ids, nodes, low, high, count, fanout, replace, k0, k1, c2,
+            np.uint32(c3_batch | np.uint32(hop << 8)), rows, start[: high - low], degree[: high - low],
+            offsets[: chunks + 1], base, keys, table, output[second_of(edges) :], neighbour, pending, left[:chunks],
+            output[:edges], output[edges : 2 * edges], state, c1[: workers * rows].reshape(workers, rows),
+            c3[: workers * rows].reshape(workers, rows),
+            words[: workers * cells].reshape(workers, words_of(fanout), rows),
+            seen[: workers * SEEN_SIZE].reshape(workers, SEEN_SIZE),
+            tags[: workers * SEEN_SIZE].reshape(workers, SEEN_SIZE),
+        )  # fmt: skip
+        found[hop, FOUND_NODES], found[hop, FOUND_ROWS], found[hop, FOUND_EDGES] = progress[COUNT], high, edges
+        progress[LOW] = high if frontier else 0
+        progress[HIGH] = progress[COUNT]
+        progress[EDGES] = -1
+        progress[HOP] = hop + 1
