@@ -182,13 +182,10 @@ class CpuSampler:
         nodes = space.grown("nodes", 0, len(seeds), self._index_dtype)
         nodes[: len(seeds)] = seeds
         space.reserve(len(seeds), 0, nodes)
-        repeated = kernels.insert_nodes(0, len(seeds), base, space.keys, space.table, nodes)
-        if repeated >= 0:
-            raise duplicate("seeds", repeated, int(seeds[repeated]))
         key = np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32)
         counter = np.uint32(batch & 0xFFFFFFFF), np.uint32((batch >> 32) << 16)
         fanouts = np.array(sizes, np.int64)
-        progress = np.array([0, 0, len(seeds), len(seeds), -1])
+        progress = np.array([0, -1, len(seeds), len(seeds), -1, -1])
         found = np.zeros((len(sizes), kernels.FOUND_SIZE), np.int64)
         kind = (sizes, replace, expand, len(seeds).bit_length())
         outputs = [self._output(found, hop, edges) for hop, edges in enumerate(space.expected(kind, len(sizes)))]
@@ -201,6 +198,9 @@ class CpuSampler:
                 )  # fmt: skip
                 if progress[kernels.HOP] == len(sizes):
                     break
+                repeated = int(progress[kernels.REPEATED])
+                if repeated >= 0:
+                    raise duplicate("seeds", repeated, int(seeds[repeated]))
                 self._make_room(space, sizes, threads, progress, found, outputs)
         counts = found[:, : kernels.FOUND_EDGES + 1].tolist()
         space.expect(kind, [edges + edges // 8 for _, _, edges in counts])
@@ -228,7 +228,7 @@ class CpuSampler:
         """Make room for the hop at hand: for its rows and, once they are counted, for its edges."""
         from gglspeedup.kernels import sample_cpu as kernels
 
-        hop, low, high, count, edges = progress.tolist()
+        hop, low, high, count, edges, _ = progress.tolist()
         chunk, chunks = kernels.rows_per_chunk(sizes[hop]), kernels.chunks_of(high - low, sizes[hop])
         space.make_room(
             start=high - low, degree=high - low, offsets=chunks + 1, left=chunks, c1=threads * chunk,

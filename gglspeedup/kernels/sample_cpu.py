@@ -31,8 +31,9 @@ from gglspeedup.kernels.random import bounded, philox
 # Cells of `state`, each on a cache line of its own so that tickets do not slow the lock.
 TICKET, LOCK, NEXT, NODES, STATE_SIZE = 0, 16, 32, 48, 64
 
-# Cells of `progress`: the hop at hand, its rows nodes[LOW:HIGH], the nodes found so far, and its edges, -1 uncounted.
-HOP, LOW, HIGH, COUNT, EDGES, PROGRESS_SIZE = range(6)
+# Cells of `progress`: the hop at hand, its rows nodes[LOW:HIGH], the nodes found so far, its edges, -1 uncounted, and
+# the place of a seed that stands twice, or -1. LOW is -1 before the seeds are in the table.
+HOP, LOW, HIGH, COUNT, EDGES, REPEATED = range(6)
 # What `found` holds of a hop: nodes known in the end, the end of its rows, its edges, where they go, the room there.
 FOUND_NODES, FOUND_ROWS, FOUND_EDGES, ADDRESS, ROOM, FOUND_SIZE = range(6)
 
@@ -366,6 +367,11 @@ def sample_hops(
     nodes, start, degree, offsets, left, c1, c3, words, seen, tags, neighbour, pending, state, progress, found,
 ):  # fmt: skip
     """Sample hops from `progress` on, until one has no room in a buffer, which `progress` then tells of; see HOP."""
+    if progress[LOW] < 0:
+        progress[REPEATED] = insert_nodes(0, progress[COUNT], base, keys, table, nodes)
+        if progress[REPEATED] >= 0:
+            return
+        progress[LOW] = 0
     while progress[HOP] < len(fanouts):
         hop = progress[HOP]
         low, high, count, fanout = progress[LOW], progress[HIGH], progress[COUNT], fanouts[hop]
