@@ -26,6 +26,7 @@ logger = logging.getLogger("gglspeedup")
 _MOST_NODES = 1 << 30  # of a batch: as many entries above as below fit int32
 # Up to here a dense table was as fast as a hash table or faster, whatever the batch (docs/benchmarks.md).
 DENSE_NODES = 1 << 25
+_SMALL = 1 << 12  # elements of a buffer that may be held for less
 _MOST_KINDS = 64  # of batches, whose numbers of edges are kept
 # Buffers of `sample_hops` in the order of its arguments; None is the type of node ids.
 _SCRATCH: dict[str, Any] = {
@@ -207,11 +208,20 @@ class CpuSampler:
         space.base = base + counts[-1][0]
         n_id = self._pool.empty((counts[-1][0],), np.int64)
         n_id[:] = space.array("nodes", counts[-1][0], self._index_dtype)
-        hops = [
-            (output[: 2 * edges].reshape(2, edges), output[kernels.second_of(edges) :][:edges], (known, rows))
-            for output, (known, rows, edges) in zip(outputs, counts, strict=True)
+        return n_id, [
+            self._hop(output, edges, (known, rows))
+            for output, (known, rows, edges) in zip(outputs[::-1], counts[::-1], strict=True)
         ]
-        return n_id, hops[::-1]
+
+    def _hop(self, output: Array, edges: int, size: tuple[int, int]) -> Hop:
+        """Return a hop's arrays in its buffer, or in a smaller one where it has filled less than half of that."""
+        from gglspeedup.kernels.sample_cpu import second_of
+
+        begin, end = second_of(edges), second_of(edges) + edges
+        if len(output) > 2 * end + _SMALL:
+            output, larger = self._pool.empty((end,), np.int64), output
+            output[:] = larger[:end]
+        return output[: 2 * edges].reshape(2, edges), output[begin:end], size
 
     def _output(self, found: Array, hop: int, edges: int) -> Array:
         """Return a buffer for a hop of so many edges, and tell the kernel of it."""

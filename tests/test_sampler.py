@@ -113,6 +113,18 @@ def test_buffers_of_other_batches_do_not_matter(table):
         assert_equal(sampler.sample(seeds, 5, sizes=sizes), expected)
 
 
+def test_a_small_batch_after_a_large_one_holds_no_large_buffer():
+    graph = CSRGraph(np.array([0, 400_000, 400_001, 400_002]), np.zeros(400_002, np.int32))
+    sampler = GPUSampler("cpu", graph, [-1])
+    for seed in (0, 1, 0, 2):
+        adj = sampler.sample([seed]).adjs[0]
+        held = adj.edge_index
+        while getattr(held, "base", None) is not None:
+            held = held.base
+        assert adj.e_id.tolist() == list(range(*graph.indptr[seed : seed + 2]))
+        assert held.owner.nbytes <= 2 * 24 * adj.e_id.size + (1 << 16)
+
+
 def test_more_workers_than_cores():
     """Eight workers on any machine, through the kernel itself: schedules that two cores alone would not show."""
     code = """
