@@ -17,8 +17,8 @@ from gglspeedup.memory_model import BatchLoad, MemoryModel, model_of
 POLICIES = ("split", "resample", "random", "degree", "pagerank")
 CUTS = POLICIES[2:]
 
-# Until a batch was trained on, one is taken to need so many times its own arrays; then the next may be at most so many
-# times larger than all before.
+# Until a batch was trained on, one is taken to need so many times its own arrays; then one for which that is too much
+# may be at most so many times larger than all before.
 _FIRST_TIMES, _GROWTH = 256, 2.0
 _ENOUGH = 8  # measurements before a batch is believed to be too large without a try
 _KEPT_RECORDS = 4096
@@ -171,8 +171,10 @@ class MemoryBudget:
         # However large errors were, half of the room is for batches: else they would shrink to single seeds.
         upper = expected + min(margin, max(self.limit - fixed, 0.0) / 2)
         scale = (self.limit - (upper - expected) - fixed) / max(expected - fixed, 1.0)
-        scale = min(scale, _GROWTH / reach) if reach else scale
-        proven = reach <= _GROWTH
+        # A batch beyond what was seen fits if it would before all measurements: far below the limit nothing is at risk.
+        roomy = fixed + _FIRST_TIMES * max(load.own, 1) <= self.limit
+        scale = scale if roomy or not reach else min(scale, _GROWTH / reach)
+        proven = roomy or reach <= _GROWTH
         # Beyond what was seen a prediction is good enough to say that a batch is too large, if it is so without the
         # margin as well.
         over = upper > self.limit and (proven or (model.count >= _ENOUGH and expected > self.limit))

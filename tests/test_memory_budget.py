@@ -275,6 +275,18 @@ class FakeMeter:
         self.most = max(self.most, self.base + self.node * len(batch.n_id))
 
 
+def test_larger_batches_are_not_split_far_below_the_limit():
+    small, large = (BatchLoad((n, n), (n,), (4.0, 1.0), 100 * n, 100 * n) for n in (10, 1000))
+    for limit, fits in ((1 << 40, True), (1000 + 256 * large.own + 200_000, True), (128 * large.own, False)):
+        budget = MemoryBudget(limit)
+        budget.prepare(1, 1000)
+        for _ in range(20):
+            budget.measured(small, 0.0, 1000 + 20 * small.own, True)
+        verdict = budget.judge(large, lambda: 1000)
+        assert verdict.fits == fits and not verdict.over and verdict.upper < limit
+        assert verdict.scale >= 1 if fits else verdict.scale == pytest.approx(0.02)
+
+
 def test_a_fitted_model_is_used_again(tmp_path, monkeypatch):
     meter = FakeMeter()
     monkeypatch.setattr("gglspeedup.loader.meter_for", lambda device, backend: meter)
