@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Generator, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 Item = TypeVar("Item")
@@ -31,25 +32,29 @@ class InFlight(NamedTuple):
     alone: bool = False
 
 
-def one_ahead(items: Iterable[Item], begin: Callable[[Item], InFlight]) -> Generator[Any, None, None]:
+def one_ahead(
+    items: Iterable[Item], begin: Callable[[Item], InFlight], alone: Callable[[Item], Any]
+) -> Generator[Any, None, None]:
     """Give what is made of each item, in order; each is begun before the one before it is finished.
 
     While the host waits for one, the device has the next one's work. An error comes in its item's place; what has no
-    room in memory beside another item is begun again alone.
+    room in memory is made again when nothing else is in flight.
 
     Parameters
     ----------
     items : iterable
         Read one item ahead.
     begin : callable
-        Enqueues the work of an item.
+        Enqueues the work of an item; a MemoryError says that it has no room.
+    alone : callable
+        Makes such an item.
 
     Examples
     --------
     >>> def begin(item):
     ...     print("begin", item)
     ...     return InFlight(lambda: item)
-    >>> for made in one_ahead([1, 2], begin):
+    >>> for made in one_ahead([1, 2], begin, alone=str):
     ...     print("made", made)
     begin 1
     begin 2
@@ -58,7 +63,7 @@ def one_ahead(items: Iterable[Item], begin: Callable[[Item], InFlight]) -> Gener
     """
     flying: collections.deque[InFlight] = collections.deque()
     try:
-        for begun in _begun(items, begin):
+        for begun in _begun(items, begin, alone):
             flying.append(begun)
             while len(flying) > 1 or (flying and flying[0].alone):
                 yield flying.popleft().finish()
@@ -69,7 +74,9 @@ def one_ahead(items: Iterable[Item], begin: Callable[[Item], InFlight]) -> Gener
             flying.popleft().abandon()
 
 
-def _begun(items: Iterable[Item], begin: Callable[[Item], InFlight]) -> Iterator[InFlight]:
+def _begun(
+    items: Iterable[Item], begin: Callable[[Item], InFlight], alone: Callable[[Item], Any]
+) -> Iterator[InFlight]:
     source = iter(items)
     while True:
         try:
@@ -82,7 +89,7 @@ def _begun(items: Iterable[Item], begin: Callable[[Item], InFlight]) -> Iterator
         try:
             begun = begin(item)
         except MemoryError:
-            begun = InFlight(lambda item=item: begin(item).finish(), alone=True)  # type: ignore[misc]
+            begun = InFlight(partial(alone, item), alone=True)
         except Exception as error:
             begun = _failed(error)
         yield begun

@@ -147,8 +147,8 @@ class CudaSampler:
         host waits for theirs.
         """
         hops = hops_of(sizes, replace, expand)
-        begin = partial(self._begin, hops=hops, seed=seed)
-        with contextlib.closing(one_ahead(self._groups(batches, hops, at_once), begin)) as groups:
+        begin, alone = partial(self._begin, hops=hops, seed=seed), partial(self._alone, hops=hops, seed=seed)
+        with contextlib.closing(one_ahead(self._groups(batches, hops, at_once), begin, alone)) as groups:
             for group in groups:
                 yield from group
 
@@ -180,22 +180,27 @@ class CudaSampler:
             except (ArgumentIndexError, ArgumentValueError):
                 if len(group) == 1:
                     raise
-                return one_by_one()  # those before the bad one are not lost
+                return self._one_by_one(group, hops, seed)  # those before the bad one are not lost
             return found
 
-        def one_by_one() -> Iterator[Sampled]:
-            return (self._sample_one(*numbered, hops, seed) for numbered in group)
-
         with self.runtime.activate():
-            if len(group) == 1:
-                begun = self._begin_one(*group[0], hops, seed)
-            else:
-                try:
-                    begun = self._many.begin(group, hops, seed)
-                except MemoryError as error:
-                    self._many.give_up(error)
-                    return InFlight(one_by_one, alone=True)
+            one = len(group) == 1
+            begun = self._begin_one(*group[0], hops, seed) if one else self._many.begin(group, hops, seed)
         return InFlight(finish, begun.abandon)
+
+    def _alone(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> Iterable[Sampled]:
+        """Return batches that had no room beside others: together if they have room now, else one by one."""
+        try:
+            found: Iterable[Sampled] = self._begin(group, hops, seed).finish()
+        except MemoryError as error:
+            if len(group) == 1:
+                raise
+            self._many.give_up(error)
+            return self._one_by_one(group, hops, seed)
+        return found
+
+    def _one_by_one(self, group: list[Numbered], hops: tuple[gpu.Hop, ...], seed: int) -> Iterator[Sampled]:
+        return (self._sample_one(*numbered, hops, seed) for numbered in group)
 
     def _sample_one(self, seeds: Any, batch: int, hops: tuple[gpu.Hop, ...], seed: int) -> Sampled:
         with self.runtime.activate():

@@ -115,6 +115,26 @@ def test_where_several_have_no_room_they_come_one_by_one(new_runtime, monkeypatc
     assert not sampler._many._workspaces.free
 
 
+def test_where_two_groups_have_no_room_each_is_sampled_together(new_runtime, monkeypatch, caplog):  # noqa: F811
+    rng = np.random.default_rng(0)
+    graph = random_graph(rng, 300, 25)
+    sampler = make(new_runtime(), graph)
+    pool, made = sampler._many._workspaces, []
+    make_workspace = pool._make
+
+    def one():
+        if made:
+            raise MemoryError("no room")
+        made.append(make_workspace())
+        return made[0]
+
+    monkeypatch.setattr(pool, "_make", one)
+    batches = some_batches(rng, 300, [20] * 6)
+    before = sampler.runtime.reads
+    expect(graph, sampler.sample_each(batches, [4, 3], seed=0, at_once=2), batches, [4, 3])
+    assert sampler.runtime.reads == before + 3 and not caplog.records and pool.free == made
+
+
 def test_where_two_have_no_room_they_are_sampled_in_turn(new_runtime, monkeypatch):  # noqa: F811
     rng = np.random.default_rng(0)
     graph = random_graph(rng, 300, 25)

@@ -14,6 +14,10 @@ class Device:
         self.fails, self.room, self.broken = fails, room, broken
         self.log, self.open = [], 0
 
+    def alone(self, item):
+        assert self.open == 0
+        return self.begin(item).finish()
+
     def begin(self, item):
         self.log.append(f"begin {item}")
         if item in self.fails:
@@ -35,7 +39,7 @@ class Device:
 def run(device, items):
     made = []
     try:
-        for result in one_ahead(items, device.begin):
+        for result in one_ahead(items, device.begin, device.alone):
             made.append(result)
             device.log.append("given")
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
@@ -78,7 +82,7 @@ def test_what_has_no_room_beside_another_is_begun_again_alone():
 @pytest.mark.parametrize("taken", range(4))
 def test_what_was_begun_is_abandoned_when_nobody_wants_it(taken):
     device = Device()
-    made = one_ahead(range(9), device.begin)
+    made = one_ahead(range(9), device.begin, device.alone)
     assert [next(made) for _ in range(taken)] == [0, 10, 20][:taken]
     made.close()
     assert device.open == 0
