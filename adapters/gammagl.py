@@ -18,7 +18,7 @@ from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, DeviceError
 from gglspeedup.graph import CSRGraph, as_graph
 from gglspeedup.loader import Batch, NodeLoader
 
-# Options of TensorLayerX's DataLoader that say how worker processes make batches: there are none here.
+# Options of TensorLayerX's DataLoader that say how its worker processes make batches: there are none of these here.
 _WITHOUT_MEANING = {"num_workers", "time_out", "worker_init_fn", "prefetch_factor", "persistent_workers"}
 
 
@@ -60,12 +60,14 @@ class NeighborSampler:
         0 to 2**64 - 1; of the order and the draws.
     prefetch : int
         Batches made ahead; 0 makes each when it is asked for.
+    workers : int
+        Processes in which batches are made, on the CPU, as NodeLoader's.
     batch_size : int
         Nodes a batch.
     shuffle, drop_last : bool
         Whether each epoch has an order of its own; whether to leave out a last, shorter batch.
     **options
-        The other options of ``tensorlayerx.dataflow.DataLoader``. Those about workers have no effect.
+        The other options of ``tensorlayerx.dataflow.DataLoader``. Those about its workers have no effect.
 
     Attributes
     ----------
@@ -101,7 +103,7 @@ class NeighborSampler:
         self, edge_index: Any, sample_lists: Any, node_idx: Any = None, num_nodes: int | None = None,
         return_e_id: bool = True, transform: Callable[[Any, Any, Any], Any] | None = None, *,
         device: DeviceLike = "auto", seed: int = 0, prefetch: int = 2, batch_size: int = 1, shuffle: bool = False,
-        drop_last: bool = False, **options: Any,
+        drop_last: bool = False, workers: int = 0, **options: Any,
     ) -> None:  # fmt: skip
         _check_options(options)
         if not (transform is None or callable(transform)):
@@ -118,7 +120,7 @@ class NeighborSampler:
         graph = _graph(edge_index, nodes, num_nodes)
         self.loader = NodeLoader(
             graph, seeds=_ids(nodes, graph.num_nodes), sizes=sample_lists, batch_size=batch_size,
-            shuffle=shuffle, drop_last=drop_last, device=device, seed=seed, prefetch=prefetch,
+            shuffle=shuffle, drop_last=drop_last, device=device, seed=seed, prefetch=prefetch, workers=workers,
             backend="numpy" if self.is_sparse_graph else "tensorlayerx",
         )  # fmt: skip
 

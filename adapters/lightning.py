@@ -138,7 +138,8 @@ class NodeDataModule(LoaderDataModule):
     device : str or int, optional
         Where batches are made, if not on the Trainer's device; they are then moved there.
     **options
-        Of NodeLoader: `shuffle`, `drop_last`, `cache`, `seed`, `prefetch`, `replace`, `expand`, `placement`, `policy`.
+        Of NodeLoader: `shuffle`, `drop_last`, `cache`, `seed`, `prefetch`, `replace`, `expand`, `placement`, `policy`,
+        `workers`.
 
     Raises
     ------

@@ -61,7 +61,8 @@ class SubgraphDataModule(LoaderDataModule):  # type: ignore[misc]
     device : str or int, optional
         Where batches are made, if not on the Trainer's device; they are then moved there.
     **options
-        Of SubgraphLoader: `edge_weight`, `shuffle`, `drop_last`, `cache`, `seed`, `prefetch`, `placement`, `policy`.
+        Of SubgraphLoader: `edge_weight`, `shuffle`, `drop_last`, `cache`, `seed`, `prefetch`, `placement`,
+        `policy`, `workers`.
 
     Raises
     ------

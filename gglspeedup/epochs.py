@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from itertools import islice
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.device import Device, DeviceLike, parse_device
-from gglspeedup.errors import DeviceError, explain
+from gglspeedup.errors import ArgumentValueError, DeviceError, explain
 from gglspeedup.kernels.bounds import MAX_BATCH
 from gglspeedup.prefetcher import Prefetcher
 from gglspeedup.side_stream import SideStream
-from gglspeedup.trace import CONVERSION, span
+from gglspeedup.trace import CONVERSION, Read, span
+from gglspeedup.workers import Workers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Made = TypeVar("Made")
+Numbered = tuple[npt.NDArray[np.int64], int]  # the items of a batch, and its number
 
 _MAX_SEED = 1 << 64
 _STAGES = ("sampling", "gathering")  # what a profile calls them
@@ -43,6 +49,8 @@ class EpochLoader(ABC, Generic[Made]):
         Items a batch.
     shuffle, drop_last, backend, seed, prefetch, rank, world_size
         As NodeLoader's.
+    workers : int
+        As NodeLoader's.
 
     Raises
     ------
@@ -54,7 +62,7 @@ class EpochLoader(ABC, Generic[Made]):
 
     def __init__(
         self, items: npt.NDArray[np.int64], *, batch_size: int, shuffle: bool, drop_last: bool, backend: str, seed: int,
-        prefetch: int, rank: int, world_size: int,
+        prefetch: int, rank: int, world_size: int, workers: int = 0,
     ) -> None:  # fmt: skip
         self.batch_size = check_count(batch_size, "batch_size", 1)
         self.shuffle = check_flag(shuffle, "shuffle")
@@ -64,16 +72,41 @@ class EpochLoader(ABC, Generic[Made]):
         self.world_size = check_count(world_size, "world_size", 1)
         self.rank = check_count(rank, "rank", 0, self.world_size)
         self.backend = backend
+        self.workers = check_count(workers, "workers", 0)
+        if self.workers and not self.prefetch:
+            needs, remedy = "batches that are made ahead, with workers", "pass 1 or more, or leave workers out"
+            raise ArgumentValueError(explain("prefetch", needs, self.prefetch, remedy))
+        # As many batches each as the stages' threads hold: two queues, and one that either stage is at.
+        self._team = Workers(self.workers, 2 * self.prefetch + 2)
         self._items = items
         self._epoch = 0
 
+    def _made_on(self, device: Device) -> Device:
+        """Return the device; raise ArgumentValueError if workers cannot make batches there."""
+        if self.workers and device.is_cuda:
+            needs, remedy = f"0 on {device}, whose streams overlap", 'leave it out, or pass device="cpu"'
+            raise ArgumentValueError(explain("workers", needs, self.workers, remedy))
+        return device
+
     @abstractmethod
-    def _sample_all(self, epoch: int) -> Generator[Any, None, None]:
-        """Give the nodes and edges of each batch of :meth:`_numbered`, on the device."""
+    def _sample_all(self, numbered: Iterable[Numbered]) -> Generator[Any, None, None]:
+        """Give the nodes and edges of each of some batches, by their items and number, on the device."""
 
     @abstractmethod
     def _gather(self, sampled: Any) -> Any:
         """Return what else a batch consists of, with what was sampled, as arrays of the device."""
+
+    def _in_order(self, batch_size: int | None) -> Self:
+        """Return a copy that visits all of its items in their order, in batches of another size if one is given."""
+        other = copy.copy(self)
+        other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
+        other.shuffle = other.drop_last = False
+        other._team = copy.copy(self._team)  # it makes other batches
+        other._epoch = 0
+        return other
+
+    def _count(self, loaded: Any) -> None:
+        """Count what a worker has read for a batch as read by this process."""
 
     @abstractmethod
     def _convert(self, loaded: Any, adapter: ModuleType) -> Made:
@@ -120,25 +153,52 @@ class EpochLoader(ABC, Generic[Made]):
         # see whether it can, takes no epoch and starts no thread.
         epoch, self._epoch = self._epoch, self._epoch + 1
         if self.device.index is None:
-            sampled: Any = partial(self._sample_all, epoch)
-            yield from self._convert_all(Prefetcher(sampled, self.prefetch, [self._gather], names=_STAGES))
+            numbered = self._numbered(epoch)
+            yield from self._convert_all(self._worked(numbered) if self._team.count else self._loaded(numbered))
             return
         gathering = SideStream(self.device.index)
         sampling = SideStream(self.device.index, gathering)
-        sampled = partial(self._sample_on, epoch, sampling)
+        sampled = partial(self._sample_on, self._numbered(epoch), sampling)
         gathered = Prefetcher(sampled, self.prefetch, [partial(self._gather_on, gathering)], names=_STAGES)
         yield from self._convert_all(self._handed_over(gathered, sampling, gathering))
 
-    def _numbered(self, epoch: int) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
+    def _loaded(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
+        """Give batches as arrays of the host, made in threads of this process."""
+        return iter(Prefetcher(partial(self._sample_all, numbered), self.prefetch, [self._gather], names=_STAGES))
+
+    def _made_here(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
+        """Give the same in a worker, whose one other thread samples."""
+        sampled = Prefetcher(partial(self._sample_all, numbered), self.prefetch, names=_STAGES[:1])
+        for index, one in enumerate(sampled):
+            with span(_STAGES[1], index):
+                loaded = self._gather(one)
+            del one
+            yield loaded
+            del loaded
+
+    def _worked(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
+        """Give the same, made in processes."""
+        with contextlib.closing(Read(self._team.each(numbered, self._made_here, self._prepare))) as batches:
+            for loaded in batches:
+                self._count(loaded)
+                yield loaded
+                del loaded
+
+    def _prepare(self) -> None:
+        """Load the kernels, by a batch of nothing."""
+        for sampled in self._sample_all([(self._items[:0], 0)]):
+            self._gather(sampled)
+
+    def _numbered(self, epoch: int) -> Iterator[Numbered]:
         """Give the items of each batch, and its number, which is unlike any other batch's."""
         order = self.order(epoch)
         for index in range(len(self)):
             items = order[index * self.batch_size : (index + 1) * self.batch_size]
             yield items, ((epoch * len(self) + index) * self.world_size + self.rank) % MAX_BATCH
 
-    def _sample_on(self, epoch: int, sampling: SideStream) -> Iterator[tuple[Any, Any]]:
+    def _sample_on(self, numbered: Iterable[Numbered], sampling: SideStream) -> Iterator[tuple[Any, Any]]:
         """Give what :meth:`_sample_all` makes on a stream, each with the mark at which it is whole."""
-        with contextlib.closing(self._sample_all(epoch)) as batches:
+        with contextlib.closing(self._sample_all(numbered)) as batches:
             while True:
                 with sampling.filling():
                     made = [(sampled, sampling.record()) for sampled in islice(batches, 1)]

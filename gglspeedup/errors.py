@@ -50,6 +50,10 @@ class ShareError(GGLSpeedupError, RuntimeError):
     """Memory cannot be shared among processes or devices."""
 
 
+class WorkerError(GGLSpeedupError, RuntimeError):
+    """A process that makes batches has died, or what went wrong in it."""
+
+
 class MissingPackageError(GGLSpeedupError, ImportError):
     """An optional package is needed for what was asked and is not installed."""
 

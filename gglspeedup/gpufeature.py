@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import threading
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from gglspeedup.hot_order import hot_order
 from gglspeedup.interchange import integer_view, is_numeric
 from gglspeedup.memory import parse_size
 from gglspeedup.sharded_graph import as_any_graph
+from gglspeedup.threads import lock_of
 from gglspeedup.tiers_cpu import HostTier, Tiers
 from gglspeedup.trace import watch
 
@@ -78,7 +78,7 @@ class CGPUFeature:
             self._order = order if self.device.is_cuda else None
         self._rows: Array | None = None
         self._tiers: Tiers | None = None
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def from_cpu_tensor(self, x: Any) -> None:
         """Take the feature matrix.
@@ -164,6 +164,13 @@ class CGPUFeature:
         watch(self)
         return _of_dtype(tiers.take(n_id), rows.dtype)
 
+    def count(self, rows: Any) -> None:
+        """Count rows as served, in :meth:`stats`, that a fork of this process has taken on the CPU."""
+        tiers, _ = self._loaded()
+        watch(self)
+        if isinstance(tiers, HostTier):
+            tiers.count(len(rows))
+
     def _loaded(self) -> tuple[Tiers, Array]:
         if self._rows is None:
             raise ArgumentValueError(explain("features", "to be loaded first", "none", "call from_cpu_tensor(x)"))
@@ -229,7 +236,7 @@ class CGPUFeature:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._tiers = None  # made when they are needed
         if isinstance(self._rows, _Mapped):
             self._rows = self._rows.open()

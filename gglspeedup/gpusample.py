@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import logging
-import threading
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ from gglspeedup.interchange import on_cuda
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
 from gglspeedup.sampler_cpu import CpuSampler, Hop
 from gglspeedup.sharded_graph import ShardedGraph, as_any_graph
+from gglspeedup.threads import lock_of
 
 logger = logging.getLogger("gglspeedup")
 
@@ -97,7 +97,7 @@ class GPUSampler:
         self._sizes = None if sizes is None else check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
         self.graph = as_any_graph(csr)
         self._batch = 0
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._sampler: _Sampler | None = self._make()
 
     def _make(self) -> _Sampler:
@@ -333,7 +333,7 @@ class GPUSampler:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         parse_device(self.device)  # the process that unpickles may lack the device
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         self._sampler = None  # made when it is needed: a process uses one of a MultiGPUSampler's
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_count, check_range, check_sizes, check_unique, host_array, host_ids
+from gglspeedup.arguments import check_range, check_sizes, check_unique, host_array, host_ids
 from gglspeedup.batch_fitter import BatchFitter, Part, check_policy
 from gglspeedup.device import Device, DeviceLike
-from gglspeedup.epochs import EpochLoader, device_for
+from gglspeedup.epochs import EpochLoader, Numbered, device_for
 from gglspeedup.errors import ArgumentValueError, explain
 from gglspeedup.gpufeature import CGPUFeature
 from gglspeedup.gpusample import GPUSampler
@@ -125,6 +124,8 @@ class NodeLoader(EpochLoader[Batch]):
     memory_limit : int, float, str or MemoryBudget, optional
         How much memory training may take, as ``"6.5G"``: of the process on the CPU, of the device on a GPU. See the
         notes, and :class:`MemoryBudget` for other policies than splitting.
+    workers : int
+        On the CPU: processes in which batches are made, in turn; 0 makes them in threads. See the notes.
 
     Raises
     ------
@@ -132,6 +133,8 @@ class NodeLoader(EpochLoader[Batch]):
         The CUDA device is not there, or the backend cannot use it, or does not tell the peak that a limit needs.
     MemoryLimitError
         While iterating: the limit leaves no room for a single seed.
+    WorkerError
+        While iterating: a worker has died.
     MissingPackageError
         The backend is not installed.
     ArgumentTypeError, ArgumentValueError, ArgumentIndexError
@@ -141,6 +144,13 @@ class NodeLoader(EpochLoader[Batch]):
     -----
     Every iterator takes the next epoch, from 0, with its first batch; :meth:`set_epoch` says which comes next. Loaders
     may be pickled into spawned processes, and several iterators of one may be open at once.
+
+    Threads share Python's interpreter lock with the training loop, workers do not: one takes sampling and gathering off
+    a loop that spends its time in Python, and several make more batches at a time than the threads of one. They are
+    forked with the first batch, stay for the next epoch unless a loop was left early, and end with the loader. A worker
+    sees graph, features and labels as they are at that moment, and copies none of them; batches lie in memory that it
+    shares with this process, and are not copied either. Each has ``prefetch`` batches ahead in both stages, and its
+    share of the kernels' threads. Other than on Linux batches are made in threads.
 
     With a memory limit, a step whose batch would exceed it comes in several parts: batches of their own, one after the
     other, with the neighbourhoods that their seeds have in the whole. ``len(loader)`` stays the number of steps. A loop
@@ -168,7 +178,7 @@ class NodeLoader(EpochLoader[Batch]):
         shuffle: bool = True, drop_last: bool = False, device: DeviceLike = "auto", cache: int | float | str = "0",
         backend: str = "numpy", seed: int = 0, prefetch: int = 2, replace: bool = False, expand: str = "layer",
         placement: str = "auto", policy: Any = "degree", rank: int = 0, world_size: int = 1,
-        memory_limit: int | float | str | MemoryBudget | None = None,
+        memory_limit: int | float | str | MemoryBudget | None = None, workers: int = 0,
     ) -> None:  # fmt: skip
         self.sizes = check_sizes(sizes, MAX_FANOUT, MAX_HOPS)
         self.memory_budget = budget_of(memory_limit)
@@ -176,8 +186,12 @@ class NodeLoader(EpochLoader[Batch]):
         super().__init__(
             seed_ids(seeds, graph.num_nodes), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last,
             backend=backend, seed=seed, prefetch=prefetch, rank=rank, world_size=world_size,
+            workers=workers,
         )  # fmt: skip
-        self.device = device_for(backend, csr.device if isinstance(csr, GPUSampler) else device)
+        self.device = self._made_on(device_for(backend, csr.device if isinstance(csr, GPUSampler) else device))
+        if self.workers and self.memory_budget is not None:
+            needs, remedy = "0 with a memory limit, which is kept for one process", "leave one of the two out"
+            raise ArgumentValueError(explain("workers", needs, self.workers, remedy))
         self.graph_sampler = csr if isinstance(csr, GPUSampler) else GPUSampler(
             self.device, graph, seed=self.seed, replace=replace, expand=expand, placement=placement
         )  # fmt: skip
@@ -222,12 +236,9 @@ class NodeLoader(EpochLoader[Batch]):
         >>> [batch.n_id.tolist() for batch in loader.evaluation([0])]
         [[0, 1, 2]]
         """
-        other = copy.copy(self)
+        other = self._in_order(batch_size)
         other._items = seed_ids(seeds, self.graph_sampler.graph.num_nodes)
         other.sizes = check_sizes([-1] * len(self.sizes) if sizes is None else sizes, MAX_FANOUT, MAX_HOPS)
-        other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
-        other.shuffle = other.drop_last = False
-        other._epoch = 0
         if self.memory_budget is not None:
             other.memory_budget = self.memory_budget.renewed()
             other._watch = other._watched()
@@ -240,9 +251,9 @@ class NodeLoader(EpochLoader[Batch]):
             if self._watch is not None:
                 self._watch.end()
 
-    def _sample_all(self, epoch: int) -> Generator[Part, None, None]:
+    def _sample_all(self, numbered: Iterable[Numbered]) -> Generator[Part, None, None]:
         if self._watch is None or self.memory_budget is None:
-            batches = sampled_each(self.graph_sampler, self._numbered(epoch), self.sizes, self.prefetch)
+            batches = sampled_each(self.graph_sampler, numbered, self.sizes, self.prefetch)
             with contextlib.closing(batches):
                 for sampled in batches:
                     yield Part(sampled)
@@ -251,13 +262,18 @@ class NodeLoader(EpochLoader[Batch]):
             self.memory_budget, self.graph_sampler, self.sizes, row_bytes=(_row_bytes(self.features),
             _row_bytes(self.labels)), depth=self.prefetch + 2, watch=self._watch,
         )  # fmt: skip
-        for items, number in self._numbered(epoch):
+        for items, number in numbered:
             yield from fitter.fit(items, number)
 
     def _gather(self, part: Part) -> _Loaded:
         x = None if self.features is None else self.features.take(part.sampled.n_id)
         y = None if self.labels is None else self.labels.take(part.sampled.seeds)
         return _Loaded(part, x, y)
+
+    def _count(self, loaded: _Loaded) -> None:
+        for rows, read in ((self.features, loaded.x), (self.labels, loaded.y)):
+            if rows is not None:
+                rows.count(read)
 
     def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
         part, x, y = loaded

@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import math
 import re
-import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
+from gglspeedup.threads import lock_of
 
 ALIGNMENT = 64
 _MOST_BUFFERS = 64
@@ -53,6 +54,16 @@ def aligned_empty(num_bytes: int) -> npt.NDArray[np.uint8]:
     return raw[offset : offset + num_bytes]
 
 
+_allocate: Callable[[int], npt.NDArray[np.uint8]] = aligned_empty  # buffers of pools
+
+
+def allocate_by(allocate: Callable[[int], npt.NDArray[np.uint8]]) -> None:
+    """Let another function make the buffers of all pools from now on: so many bytes, from a 64-byte boundary."""
+    global _allocate
+    _allocate = allocate
+    release_buffers()
+
+
 def release_buffers() -> None:
     """Free the buffers of all pools that no array uses."""
     for pool in list(_POOLS):
@@ -63,21 +74,27 @@ class AliasedArray:
     """An object whose array interface points into another array; it keeps that array alive."""
 
     def __init__(self, owner: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-        self.owner = owner
+        self.owner, self.dtype = owner, dtype
         self.__array_interface__ = {
             "version": 3,
             "shape": shape,
-            "typestr": dtype.str,
+            # The interface has no word for types such as bfloat16: they are given as bits, and viewed.
+            "typestr": f"|u{dtype.itemsize}" if dtype.kind == "V" else dtype.str,
             # Not read-only: Numba compiles a kernel anew for read-only arrays, and kernels only read these.
             "data": (owner.ctypes.data, False),
         }
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return an array on this object."""
+        array = np.asarray(self)
+        return array.view(self.dtype) if self.dtype.kind == "V" else array
 
 
 def kernel_view(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Return the array itself or, if it is read-only, a view that kernels take without compiling anew."""
     if array.flags.writeable:
         return array
-    return np.asarray(AliasedArray(array, array.shape, array.dtype))
+    return AliasedArray(array, array.shape, array.dtype).array()
 
 
 class _Lease(AliasedArray):
@@ -109,16 +126,13 @@ class BufferPool:
         # Buffers come back whenever the garbage collector says so, even to a thread that holds the lock: they wait
         # here, where appending needs none, until the next call sorts them in.
         self._returned: collections.deque[npt.NDArray[np.uint8]] = collections.deque()
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         _POOLS.add(self)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Return an uninitialised C-contiguous array that starts on a 64-byte boundary."""
         dtype = np.dtype(dtype)
-        # The array interface has no word for types such as bfloat16: they are given as bits, and viewed.
-        bits = np.dtype(f"u{dtype.itemsize}") if dtype.kind == "V" else dtype
-        lease = _Lease(self, self._take(math.prod(shape) * dtype.itemsize), shape, bits)
-        return np.asarray(lease).view(dtype) if bits is not dtype else np.asarray(lease)
+        return _Lease(self, self._take(math.prod(shape) * dtype.itemsize), shape, dtype).array()
 
     def empty_pair(
         self, first: tuple[int, ...], second: tuple[int, ...], dtype: npt.DTypeLike
@@ -143,7 +157,7 @@ class BufferPool:
                 self._free = [buffer for buffer in self._free if buffer is not found]
             while len(self._free) > _MOST_BUFFERS or sum(map(len, self._free)) > self.limit:
                 self._free.pop(0)
-        return aligned_empty(size) if found is None else found
+        return _allocate(size) if found is None else found
 
     def _sort_in(self) -> None:
         while self._returned:

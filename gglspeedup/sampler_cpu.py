@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Generator, Hashable, Iterable
 from typing import Any
 
@@ -16,7 +15,7 @@ from gglspeedup.graph import CSRGraph
 from gglspeedup.memory import BufferPool
 from gglspeedup.pieces import host_view
 from gglspeedup.sharded_graph import ShardedGraph
-from gglspeedup.threads import announce_compilation, launching, numba
+from gglspeedup.threads import announce_compilation, launching, lock_of, numba
 
 Array = npt.NDArray[Any]
 Hop = tuple[Any, Any, tuple[int, int]]
@@ -133,7 +132,7 @@ class CpuSampler:
         self._edge_ids = np.empty(0, np.int64) if graph.edge_ids is None else host_view(graph.edge_ids)
         self._pool = BufferPool()
         self._workspaces: list[Workspace] = []
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def sample(
         self, seeds: npt.NDArray[np.int64], sizes: tuple[int, ...], *, seed: int, batch: int, replace: bool, expand: str

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Generator
+import itertools
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gglspeedup.adjs import Adj, SampledBatch
-from gglspeedup.arguments import check_count, host_array
+from gglspeedup.arguments import host_array
 from gglspeedup.device import DeviceLike
-from gglspeedup.epochs import EpochLoader, device_for
+from gglspeedup.epochs import EpochLoader, Numbered, device_for
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, explain
 from gglspeedup.gpusample import GPUSampler
 from gglspeedup.graph import GraphLike, as_graph
@@ -106,6 +106,8 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         0 to 2**64 - 1; of the order.
     rank, world_size : int
         As NodeLoader's, of parts.
+    workers : int
+        As NodeLoader's.
 
     Raises
     ------
@@ -131,16 +133,16 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         self, csr: GraphLike, x: Any = None, y: Any = None, *, ptr: Any, batch_size: int, edge_weight: Any = None,
         shuffle: bool = True, drop_last: bool = False, device: DeviceLike = "auto", cache: int | float | str = "0",
         backend: str = "numpy", seed: int = 0, prefetch: int = 2, placement: str = "auto", policy: Any = "degree",
-        rank: int = 0, world_size: int = 1,
+        rank: int = 0, world_size: int = 1, workers: int = 0,
     ) -> None:  # fmt: skip
         graph = as_graph(csr)
         self.ptr = np.array(check_ptr(ptr, graph.num_nodes))  # a copy: what the user does to the array must not matter
         super().__init__(
             np.arange(len(self.ptr) - 1), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, backend=backend,
-            seed=seed, prefetch=prefetch, rank=rank, world_size=world_size,
+            seed=seed, prefetch=prefetch, rank=rank, world_size=world_size, workers=workers,
         )  # fmt: skip
         self.edge_weight = None if edge_weight is None else _edge_values(edge_weight, graph.num_edges)
-        self.device = device_for(backend, device)
+        self.device = self._made_on(device_for(backend, device))
         self._indptr = graph.indptr
         self.graph_sampler = GPUSampler(self.device, graph, [-1], seed=self.seed, placement=placement)
         self.features = rows_of(graph, self.device, x, "x", cache, policy)
@@ -162,17 +164,14 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         >>> [batch.parts.tolist() for batch in loader.evaluation()]
         [[0], [1]]
         """
-        other = copy.copy(self)
-        other.batch_size = self.batch_size if batch_size is None else check_count(batch_size, "batch_size", 1)
-        other.shuffle = other.drop_last = False
-        other._epoch = 0
-        return other
+        return self._in_order(batch_size)
 
-    def _sample_all(self, epoch: int) -> Generator[tuple[SampledBatch, Ids], None, None]:
-        seeds = ((self._nodes(items), number) for items, number in self._numbered(epoch))
+    def _sample_all(self, numbered: Iterable[Numbered]) -> Generator[tuple[SampledBatch, Ids], None, None]:
+        numbered, begun = itertools.tee(numbered)
+        seeds = ((self._nodes(items), number) for items, number in begun)
         with contextlib.closing(sampled_each(self.graph_sampler, seeds, None, self.prefetch)) as batches:
-            for (items, _), sampled in zip(self._numbered(epoch), batches, strict=True):
-                yield sampled, np.array(items)
+            for sampled in batches:
+                yield sampled, np.array(next(numbered)[0])
 
     def _nodes(self, parts: Ids) -> Ids:
         """Return the nodes of some parts."""
@@ -185,6 +184,11 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         x = None if self.features is None else self.features.take(sampled.n_id)
         y = None if self.labels is None else self.labels.take(sampled.seeds)
         return _Loaded(sampled, x, y, self._weights(offset, count), offset, count, parts)
+
+    def _count(self, loaded: _Loaded) -> None:
+        for rows, read in ((self.features, loaded.x), (self.labels, loaded.y)):
+            if rows is not None:
+                rows.count(read)
 
     def _ranges(self, parts: Ids) -> tuple[Ids, Ids]:
         """Return the begins and lengths of the ranges of consecutive nodes that some parts make up."""

@@ -9,6 +9,8 @@ import logging
 import os
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module, metadata
@@ -25,6 +27,36 @@ _launch_lock: threading.Lock | None = None
 _layer_ready = False
 _announced = False
 _compiled: set[Any] = set()  # kernels that are
+
+
+_launches: set[object] = set()  # one a kernel that runs
+_held = False  # whether none may begin
+_hold_lock = threading.Lock()
+_locked: weakref.WeakSet[Any] = weakref.WeakSet()
+
+_TICK = 1e-4  # seconds
+
+
+def lock_of(owner: Any) -> threading.Lock:
+    """Return a lock for an object's `_lock`, which a fork sets free: the threads that might hold it do not come along.
+
+    What it guards has to be whole at every moment.
+    """
+    _locked.add(owner)
+    return threading.Lock()
+
+
+def _forked() -> None:
+    """Know nothing of threads that did not come along."""
+    global _held, _hold_lock
+    _held, _hold_lock = False, threading.Lock()
+    _launches.clear()
+    for owner in _locked:
+        owner._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 
 @functools.lru_cache(maxsize=1)
@@ -112,6 +144,8 @@ def numba() -> ModuleType:
         if not _layer_ready:
             if _load_tbb():
                 numba.config.THREADING_LAYER = "tbb"
+                if threading.current_thread() is threading.main_thread():
+                    numba.get_num_threads()  # starts tbb, which only the thread that did so can fork without harm
             else:
                 # Without tbb Numba may pick a layer that refuses concurrent callers.
                 logger.info("libtbb not found: CPU kernels run one call at a time (pip install tbb)")
@@ -139,10 +173,33 @@ def launching(most: int = 1 << 30) -> Iterator[int]:
     """Hold what a parallel kernel launch needs, and give the number of threads it may use, `most` or fewer."""
     module = numba()
     threads = max(1, min(get_num_threads(), module.config.NUMBA_NUM_THREADS, most))
-    if _launch_lock is None:
-        module.set_num_threads(threads)  # of the calling thread alone
-        yield threads
-        return
-    with _launch_lock:
-        module.set_num_threads(threads)
-        yield threads
+    running = object()
+    _launches.add(running)  # first: who holds launches back sees either this or a thread that sees it
+    while _held:
+        _launches.discard(running)
+        time.sleep(_TICK)
+        _launches.add(running)
+    try:
+        if _launch_lock is None:
+            module.set_num_threads(threads)  # of the calling thread alone
+            yield threads
+            return
+        with _launch_lock:
+            module.set_num_threads(threads)
+            yield threads
+    finally:
+        _launches.discard(running)
+
+
+@contextmanager
+def holding_launches() -> Iterator[None]:
+    """Wait until no kernel runs or is compiled in any thread, and let none begin: what they lock is then free."""
+    global _held
+    with _hold_lock:
+        _held = True
+        try:
+            while _launches:
+                time.sleep(_TICK)
+            yield
+        finally:
+            _held = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 
 from gglspeedup.arguments import check_range, host_ids
 from gglspeedup.memory import BufferPool
-from gglspeedup.threads import announce_compilation, launching, numba
+from gglspeedup.threads import announce_compilation, launching, lock_of, numba
 
 Array = npt.NDArray[Any]
 
@@ -44,7 +43,7 @@ class HostTier:
         self._name = "disk" if isinstance(rows, np.memmap) else "host"
         self._pool = BufferPool()
         self._served = 0
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
 
     def gather(self, n_id: Any) -> Array:
         """Return the rows, in a 64-byte aligned buffer that is used again once all that shares it is gone."""
@@ -65,8 +64,12 @@ class HostTier:
         announce_compilation(gather_rows)
         with launching():
             gather_rows(self._rows.ctypes.data, ids, out.ctypes.data, self._row_bytes)
+        self.count(len(ids))
+
+    def count(self, rows: int) -> None:
+        """Count rows as served."""
         with self._lock:
-            self._served += len(ids)
+            self._served += rows
 
     def rows_served(self) -> dict[str, int]:
         """Return the number of rows served."""

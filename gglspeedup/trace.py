@@ -11,7 +11,7 @@ The lowest layer: everything may have spans.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from time import perf_counter_ns
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -98,6 +98,26 @@ class Recorder:
             self.threads.append(threading.current_thread().name)
         return number
 
+    def adopt(self, names: list[str], spans: Iterable[Span]) -> None:
+        """Record spans of another process of this machine, whose clock is this one's.
+
+        Parameters
+        ----------
+        names : list of str
+            What its threads are called here.
+        spans : iterable of Span
+            With threads by their place in `names`.
+        """
+        with self._lock:
+            for name in names:
+                if name not in self.threads:
+                    self.threads.append(name)
+        for span in spans:
+            if self.end is None and span.end >= self.begin:
+                self._spans.append((*span[:1], self.threads.index(names[span.thread]), *span[2:]))
+                if len(self._spans) >= self.limit:
+                    self.end, self.full = span.end, True
+
     def watch(self, source: Source) -> None:
         """Note what a source has served before it is used for the first time."""
         if id(source) in self._seen:
@@ -125,6 +145,17 @@ def start(recorder: Recorder) -> bool:
             return False
         _recorder = recorder
         return True
+
+
+def current() -> Recorder | None:
+    """Return the recorder that records now."""
+    return _recorder
+
+
+def forget() -> None:
+    """Record nothing in a forked process, whatever its parent records."""
+    global _recorder, _switch
+    _recorder, _switch = None, threading.Lock()
 
 
 def stop(recorder: Recorder) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from gglspeedup.adjs import Adj, SampledBatch
 from gglspeedup.arguments import check_count, check_flag, check_sizes, host_array
@@ -21,7 +21,7 @@ from gglspeedup.distributed.communicator import CommunicatorError, Ids, RankErro
 from gglspeedup.distributed.feature import DistFeature
 from gglspeedup.distributed.local import LocalCommunicator
 from gglspeedup.distributed.sampler import DistSampler
-from gglspeedup.epochs import EpochLoader, device_for
+from gglspeedup.epochs import EpochLoader, Numbered, device_for
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, GGLSpeedupError, explain
 from gglspeedup.interchange import integer_view
 from gglspeedup.kernels.bounds import MAX_BATCH, MAX_FANOUT, MAX_HOPS
@@ -151,27 +151,25 @@ class DistNodeLoader(EpochLoader[Batch]):
         """Return the number of batches of an epoch, which is that of all ranks."""
         return self._batches
 
-    def _sample_all(self, epoch: int) -> Generator[_Loaded, None, None]:
-        # All exchanges are here, and so in one thread and one order.
+    def _numbered(self, epoch: int) -> Iterator[Numbered]:
         with self._collective.together():
             self._collective.counts(f"epoch {epoch} of DistNodeLoader", lambda: _nothing(self._collective))
-        order, rank, ranks = self.order(epoch), self._collective.rank, self._collective.size
-        begun = 0
+        rank, ranks = self._collective.rank, self._collective.size
+        for index, (items, _) in enumerate(super()._numbered(epoch)):
+            yield items, ((epoch * len(self) + index) * ranks + rank) % MAX_BATCH
+
+    def _sample_all(self, numbered: Iterable[Numbered]) -> Generator[_Loaded, None, None]:
+        # All exchanges are here, and so in one thread and one order.
+        left = iter(numbered)
         try:
-            while begun < len(self):
-                group = range(begun, min(begun + self._together, len(self)))
-                begun = group.stop
-                yield from self._make([
-                    (order[index * self.batch_size : (index + 1) * self.batch_size],
-                     ((epoch * len(self) + index) * ranks + rank) % MAX_BATCH)
-                    for index in group
-                ])  # fmt: skip
+            while group := list(islice(left, self._together)):
+                yield from self._make(group)
         except GeneratorExit:
-            if begun < len(self):
+            if next(left, None) is not None:
                 self._leave()
             raise
 
-    def _make(self, batches: Sequence[tuple[npt.NDArray[np.int64], int]]) -> list[_Loaded]:
+    def _make(self, batches: Sequence[Numbered]) -> list[_Loaded]:
         sampled = self.sampler.sample_many(batches, sizes=self.sizes)
         nothing = [None] * len(sampled)
         x = nothing if self.features is None else self.features.take_many([batch.n_id for batch in sampled])
