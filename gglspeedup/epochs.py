@@ -19,6 +19,7 @@ from gglspeedup.arguments import check_count, check_flag
 from gglspeedup.device import Device, DeviceLike, parse_device
 from gglspeedup.errors import ArgumentValueError, DeviceError, explain
 from gglspeedup.kernels.bounds import MAX_BATCH
+from gglspeedup.prefetch import Prefetched
 from gglspeedup.prefetcher import Prefetcher
 from gglspeedup.side_stream import SideStream
 from gglspeedup.trace import CONVERSION, Read, span
@@ -168,13 +169,21 @@ class EpochLoader(ABC, Generic[Made]):
 
     def _made_here(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
         """Give the same in a worker, whose one other thread samples."""
-        sampled = Prefetcher(partial(self._sample_all, numbered), self.prefetch, names=_STAGES[:1])
-        for index, one in enumerate(sampled):
-            with span(_STAGES[1], index):
-                loaded = self._gather(one)
-            del one
-            yield loaded
-            del loaded
+        with contextlib.closing(Prefetched(self._sample_each(numbered), self.prefetch)) as batches:
+            for index, sampled in enumerate(batches):
+                with span(_STAGES[1], index):
+                    loaded = self._gather(sampled)
+                del sampled
+                yield loaded
+                del loaded
+
+    def _sample_each(self, numbered: Iterable[Numbered]) -> Generator[Any, None, None]:
+        """Sample one batch at a time: what a worker waits for until it is asked for the next is no sampling."""
+        for index, batch in enumerate(numbered):
+            with span(_STAGES[0], index):
+                (sampled,) = self._sample_all([batch])
+            yield sampled
+            del sampled
 
     def _worked(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
         """Give the same, made in processes."""

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from gglspeedup import trace
-from gglspeedup.errors import WorkerError
+from gglspeedup.errors import WorkerError, explain
 from gglspeedup.lent_arrays import Borrower, Lender
 from gglspeedup.memory import allocate_by
 from gglspeedup.prefetch import ForkedError
@@ -50,6 +50,11 @@ class Worker:
         What a profile calls the process.
     threads : int
         Of its kernels.
+
+    Raises
+    ------
+    WorkerError
+        The system has no room for the process.
     """
 
     def __init__(self, make: Make, name: str, threads: int) -> None:
@@ -69,6 +74,11 @@ class Worker:
                 # takes no lock of ours that a fork does not set free.
                 warnings.filterwarnings("ignore", ".*fork.*")
                 self._process.start()
+        except OSError as error:  # no room for its page tables, or for one more process
+            self._connection.close()
+            here.close()
+            needs, remedy = "forks of this process", "take fewer, or leave them out: threads make the same batches"
+            raise WorkerError(explain("workers", needs, error.strerror or error, remedy)) from error
         finally:
             connection.close()
             there.close()

@@ -459,7 +459,7 @@ def test_a_profile_has_what_workers_do():
             pass
     found = p.summary()
     assert found.batches == len(made)
-    assert found.stages["sampling"].times > 0 and found.stages["gathering"].times == len(made)
+    assert found.stages["sampling"].times == found.stages["gathering"].times == len(made)
     assert found.features[0].rows == {"host": sum(len(content(b)[0]) for b in list_of_epoch(1))}
     spans = [span for span in p._spans if span.stage == "gathering"]
     assert sorted(span.batch for span in spans) == list(range(len(made)))
@@ -476,6 +476,29 @@ def list_of_epoch(epoch: int) -> list:
     other = loader()
     other.set_epoch(epoch)
     return list(other)
+
+
+def test_waiting_for_a_request_is_no_sampling():
+    made = loader(workers=1, prefetch=1)
+    list(made)
+    with gglspeedup.profile() as p:
+        for _batch in made:
+            time.sleep(0.05)
+    found = p.summary()
+    assert found.stages["training"].seconds > 0.05 * len(made) > 4 * found.stages["sampling"].seconds
+
+
+def test_no_room_for_a_process_is_said(monkeypatch):
+    def full() -> int:
+        raise OSError(12, "Cannot allocate memory")
+
+    made = loader(workers=2)
+    monkeypatch.setattr(os, "fork", full)
+    with pytest.raises(WorkerError, match="workers needs forks of this process, got Cannot allocate memory; take"):
+        list(made)
+    monkeypatch.undo()
+    made.set_epoch(0)
+    assert epochs(made, 1) == epochs(loader(), 1)
 
 
 def test_kernels_have_their_share_of_the_threads(monkeypatch):
