@@ -119,6 +119,12 @@ def check_epochs() -> None:
     assert len(unshuffled) == 6 and [batch[0] for batch in arrays(unshuffled)] == np.arange(48).reshape(6, 8).tolist()
 
 
+def check_workers() -> None:
+    given = (random_edges(), [3, 4], np.arange(37), NODES)
+    ours, theirs = (sampler(*given, batch_size=8, shuffle=True, **options) for options in ({"workers": 2}, {}))
+    assert [arrays(ours), arrays(ours)] == [arrays(theirs), arrays(theirs)]
+
+
 def check_layouts() -> None:
     from gammagl.loader.neighbor_sampler import EdgeIndex
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import gc
 import itertools
+import multiprocessing
 import pickle
 import subprocess
 import sys
@@ -101,6 +103,16 @@ def test_batches_of_part_of_an_epoch(tmp_path):
     trainer(tmp_path, limit_train_batches=4).fit(model, datamodule=node_data())
     loader = plain()
     assert model.trained == [content(batch) for _ in range(3) for batch in list(loader)[:4]]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="workers are forked, on Linux alone")
+def test_workers_make_the_same_batches(tmp_path):
+    model = Sage()
+    trainer(tmp_path).fit(model, datamodule=node_data(workers=2))
+    assert model.trained == epochs(plain(), 3)
+    del model  # and with it the Trainer and its loaders
+    gc.collect()
+    assert not multiprocessing.active_children()
 
 
 def test_a_second_training_starts_at_epoch_0(tmp_path):
