@@ -38,9 +38,9 @@ _STAGES = ("sampling", "gathering")  # what a profile calls them
 class EpochLoader(ABC, Generic[Made]):
     """An iterable over the batches of an epoch; every iterator takes the next one, with its first batch.
 
-    A subclass sets `device`, and says how a batch is made, in three stages: :meth:`_sample_all`, :meth:`_gather` and
-    :meth:`_convert`. The first two have a background thread each, and on a GPU a stream each; the third, which hands
-    arrays to the framework, is done in the reader's thread.
+    A subclass sets `device`, `features` and `labels`, and says how a batch is made, in three stages:
+    :meth:`_sample_all`, :meth:`_gather` and :meth:`_convert`. The first two have a background thread each, and on a GPU
+    a stream each; the third, which hands arrays to the framework, is done in the reader's thread.
 
     Parameters
     ----------
@@ -60,6 +60,8 @@ class EpochLoader(ABC, Generic[Made]):
     """
 
     device: Device
+    features: Any
+    labels: Any
 
     def __init__(
         self, items: npt.NDArray[np.int64], *, batch_size: int, shuffle: bool, drop_last: bool, backend: str, seed: int,
@@ -105,9 +107,6 @@ class EpochLoader(ABC, Generic[Made]):
         other._team = copy.copy(self._team)  # it makes other batches
         other._epoch = 0
         return other
-
-    def _count(self, loaded: Any) -> None:
-        """Count what a worker has read for a batch as read by this process."""
 
     @abstractmethod
     def _convert(self, loaded: Any, adapter: ModuleType) -> Made:
@@ -189,7 +188,9 @@ class EpochLoader(ABC, Generic[Made]):
         """Give the same, made in processes."""
         with contextlib.closing(Read(self._team.each(numbered, self._made_here, self._prepare))) as batches:
             for loaded in batches:
-                self._count(loaded)
+                for rows, read in ((self.features, loaded.x), (self.labels, loaded.y)):
+                    if rows is not None:
+                        rows.count(read)  # by another process than the one whose statistics are asked for
                 yield loaded
                 del loaded
 

@@ -150,7 +150,8 @@ class NodeLoader(EpochLoader[Batch]):
     forked with the first batch, stay for the next epoch unless a loop was left early, and end with the loader. A worker
     sees graph, features and labels as they are at that moment, and copies none of them; batches lie in memory that it
     shares with this process, and are not copied either. Each has ``prefetch`` batches ahead in both stages, and its
-    share of the kernels' threads. Other than on Linux batches are made in threads.
+    share of the kernels' threads. Numba may say that it cannot join threads before a fork, where those of another
+    loader are at work: nothing comes of it. Other than on Linux batches are made in threads.
 
     With a memory limit, a step whose batch would exceed it comes in several parts: batches of their own, one after the
     other, with the neighbourhoods that their seeds have in the whole. ``len(loader)`` stays the number of steps. A loop
@@ -269,11 +270,6 @@ class NodeLoader(EpochLoader[Batch]):
         x = None if self.features is None else self.features.take(part.sampled.n_id)
         y = None if self.labels is None else self.labels.take(part.sampled.seeds)
         return _Loaded(part, x, y)
-
-    def _count(self, loaded: _Loaded) -> None:
-        for rows, read in ((self.features, loaded.x), (self.labels, loaded.y)):
-            if rows is not None:
-                rows.count(read)
 
     def _convert(self, loaded: _Loaded, adapter: ModuleType) -> Batch:
         part, x, y = loaded

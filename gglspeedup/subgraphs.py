@@ -185,11 +185,6 @@ class SubgraphLoader(EpochLoader[SubgraphBatch]):
         y = None if self.labels is None else self.labels.take(sampled.seeds)
         return _Loaded(sampled, x, y, self._weights(offset, count), offset, count, parts)
 
-    def _count(self, loaded: _Loaded) -> None:
-        for rows, read in ((self.features, loaded.x), (self.labels, loaded.y)):
-            if rows is not None:
-                rows.count(read)
-
     def _ranges(self, parts: Ids) -> tuple[Ids, Ids]:
         """Return the begins and lengths of the ranges of consecutive nodes that some parts make up."""
         begin, end = self.ptr[parts], self.ptr[parts + 1]
