@@ -167,8 +167,11 @@ class EpochLoader(ABC, Generic[Made]):
         return iter(Prefetcher(partial(self._sample_all, numbered), self.prefetch, [self._gather], names=_STAGES))
 
     def _made_here(self, numbered: Iterable[Numbered]) -> Iterator[Any]:
-        """Give the same in a worker, whose one other thread samples."""
-        with contextlib.closing(Prefetched(self._sample_each(numbered), self.prefetch)) as batches:
+        """Give the same in a worker: where it is the only one, another thread samples."""
+        batches: Any = self._sample_each(numbered)
+        if self._team.count == 1:
+            batches = Prefetched(batches, self.prefetch)
+        with contextlib.closing(batches):
             for index, sampled in enumerate(batches):
                 with span(_STAGES[1], index):
                     loaded = self._gather(sampled)

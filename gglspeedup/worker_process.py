@@ -91,8 +91,8 @@ class Worker:
         """Whether all that was asked for has been answered, by a process that lives and is this one's."""
         return os.getpid() == self._parent and self.asked == self.answered and self._process.is_alive()
 
-    def ask(self, request: Any) -> None:
-        """Ask for a batch.
+    def ask(self, requests: list[Any]) -> None:
+        """Ask for batches.
 
         Raises
         ------
@@ -103,12 +103,12 @@ class Worker:
         """
         self._check()
         recorder = trace.current()
-        message = (request, self._borrower.returned(), 0 if recorder is None else recorder.limit)
+        message = (requests, self._borrower.returned(), 0 if recorder is None else recorder.limit)
         try:
             self._connection.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL))
         except OSError as error:
             raise self._death() from error
-        self.asked += 1
+        self.asked += len(requests)
 
     def answer(self, place: Callable[[int], int]) -> Any:
         """Return the batch that was asked for first.
@@ -211,10 +211,11 @@ def _listen(connection: Connection, parent: int, put: Callable[[Any], None], len
             while not ready.poll(_LOOK):
                 if os.getppid() != parent:
                     raise EOFError
-            request, returned, spans = pickle.loads(connection.recv_bytes())
+            asked, returned, spans = pickle.loads(connection.recv_bytes())
             lender.take_back(returned)
             _record(spans)
-            put(request)
+            for request in asked:
+                put(request)
     except BaseException:  # the parent is gone
         os._exit(1)
 

@@ -8,6 +8,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Generator, Iterable
+from itertools import islice
 from typing import Any
 
 from gglspeedup.threads import get_num_threads
@@ -68,12 +69,16 @@ class Workers:
                 number = waiting.popleft()
                 return team[number].answer(lambda batch: (batch - first[number]) * self.count + number)
 
-            for index, request in enumerate(requests):
-                if len(waiting) == self.count * self.ahead:
-                    yield answer()
-                team[index % self.count].ask(request)
-                waiting.append(index % self.count)
-            while waiting:
+            left, group = iter(requests), max(1, self.ahead // 2)
+            while True:
+                if len(waiting) <= self.count * (self.ahead - group):
+                    # Several at a time: a message interrupts what the worker is at.
+                    asked = list(islice(left, self.count * group))
+                    for number, worker in enumerate(team[: len(asked)]):
+                        worker.ask(asked[number :: self.count])
+                    waiting.extend(index % self.count for index in range(len(asked)))
+                if not waiting:
+                    return
                 yield answer()
         finally:
             if not self._idle and all(worker.idle for worker in team):
