@@ -54,7 +54,7 @@ class Worker:
     Raises
     ------
     WorkerError
-        The system has no room for the process.
+        The system has no room for the process, or this one may have none, as it is daemonic itself.
     """
 
     def __init__(self, make: Make, name: str, threads: int) -> None:
@@ -74,11 +74,11 @@ class Worker:
                 # takes no lock of ours that a fork does not set free.
                 warnings.filterwarnings("ignore", ".*fork.*")
                 self._process.start()
-        except OSError as error:  # no room for its page tables, or for one more process
+        except (OSError, AssertionError) as error:  # no room for a process, or a daemonic one, which may have none
             self._connection.close()
             here.close()
             needs, remedy = "forks of this process", "take fewer, or leave them out: threads make the same batches"
-            raise WorkerError(explain("workers", needs, error.strerror or error, remedy)) from error
+            raise WorkerError(explain("workers", needs, getattr(error, "strerror", None) or error, remedy)) from error
         finally:
             connection.close()
             there.close()

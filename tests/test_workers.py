@@ -488,13 +488,17 @@ def test_waiting_for_a_request_is_no_sampling():
     assert found.stages["training"].seconds > 0.05 * len(made) > 4 * found.stages["sampling"].seconds
 
 
-def test_no_room_for_a_process_is_said(monkeypatch):
+@pytest.mark.parametrize("problem", ["Cannot allocate memory", "daemonic processes are not allowed to have children"])
+def test_no_room_for_a_process_is_said(problem, monkeypatch):
     def full() -> int:
-        raise OSError(12, "Cannot allocate memory")
+        raise OSError(12, problem)
 
     made = loader(workers=2)
-    monkeypatch.setattr(os, "fork", full)
-    with pytest.raises(WorkerError, match="workers needs forks of this process, got Cannot allocate memory; take"):
+    if problem.startswith("daemonic"):
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    else:
+        monkeypatch.setattr(os, "fork", full)
+    with pytest.raises(WorkerError, match=f"workers needs forks of this process, got {problem}; take fewer"):
         list(made)
     monkeypatch.undo()
     made.set_epoch(0)
