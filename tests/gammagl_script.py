@@ -122,7 +122,8 @@ def check_epochs() -> None:
 def check_workers() -> None:
     given = (random_edges(), [3, 4], np.arange(37), NODES)
     ours, theirs = (sampler(*given, batch_size=8, shuffle=True, **options) for options in ({"workers": 2}, {}))
-    assert [arrays(ours), arrays(ours)] == [arrays(theirs), arrays(theirs)]
+    kept = [list(ours), list(ours)]  # whose memory is lent as long as there are tensors on it
+    assert list(map(arrays, kept)) == [arrays(theirs), arrays(theirs)]
 
 
 def check_layouts() -> None:
