@@ -165,7 +165,18 @@ class CGPUFeature:
         return _of_dtype(tiers.take(n_id), rows.dtype)
 
     def count(self, rows: Any) -> None:
-        """Count rows as served, in :meth:`stats`, that a fork of this process has taken on the CPU."""
+        """Count rows as served, in :meth:`stats`, that a fork of this process has taken on the CPU.
+
+        Parameters
+        ----------
+        rows : array [n] or [n, F]
+            What :meth:`take` has returned there; only its length is looked at.
+
+        Raises
+        ------
+        ArgumentValueError
+            No features are loaded.
+        """
         tiers, _ = self._loaded()
         watch(self)
         if isinstance(tiers, HostTier):

@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module, metadata
 from types import ModuleType
 from typing import Any
@@ -174,18 +174,14 @@ def launching(most: int = 1 << 30) -> Iterator[int]:
     module = numba()
     threads = max(1, min(get_num_threads(), module.config.NUMBA_NUM_THREADS, most))
     running = object()
-    _launches.add(running)  # first: who holds launches back sees either this or a thread that sees it
-    while _held:
-        _launches.discard(running)
-        time.sleep(_TICK)
-        _launches.add(running)
     try:
-        if _launch_lock is None:
+        _launches.add(running)  # first: who holds launches back sees either this or a thread that sees it
+        while _held:
+            _launches.discard(running)
+            time.sleep(_TICK)
+            _launches.add(running)
+        with _launch_lock or nullcontext():
             module.set_num_threads(threads)  # of the calling thread alone
-            yield threads
-            return
-        with _launch_lock:
-            module.set_num_threads(threads)
             yield threads
     finally:
         _launches.discard(running)
