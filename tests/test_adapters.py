@@ -16,7 +16,7 @@ from adapter_kit import FRAMEWORKS, OPERATIONS
 from conftest import missing
 
 CASES = [
-    (framework, operation)
+    pytest.param(framework, operation, marks=() if framework == "torch" else pytest.mark.slow)
     for framework in FRAMEWORKS
     for operation, (_, only) in OPERATIONS.items()
     if framework in only

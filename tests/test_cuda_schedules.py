@@ -147,7 +147,7 @@ def everything(runtime):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("seeds", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seeds", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_bits_in_any_schedule(runtime, seeds):
     on_host = runtime("shuffled")
     checks = everything(on_host)

@@ -73,9 +73,8 @@ def test_every_demo_is_tested() -> None:
     assert {path.stem.removeprefix("sage_") for path in (ROOT / "demo").glob("sage_*.py")} == set(NEEDS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "torch" else pytest.mark.slow) for name in NEEDS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NEEDS)
 def test_runs_as_a_file(name: str, toy: Path, tmp_path: Path) -> None:
     options = ["--dataset", str(toy), "--epochs", "2", "--batch-size", "16", "--hidden", "8", "--quiet"]
     out, errors = finish(start(["-X", "importtime", str(demo_file(name)), *options], tmp_path))

@@ -77,7 +77,6 @@ def cupy(tmp_path_factory, monkeypatch):
     gc.collect()
     gc.freeze()  # what is collected between runs is theirs alone, which takes no time
     yield made
-    gc.unfreeze()
     sys.modules.pop("gglspeedup.adapters.cupy", None)
     adapters._adapter.cache_clear()
 

@@ -26,7 +26,7 @@ def _push(store, rank, barrier, queue):
     queue.put((rank, store[0].pull(everything).tolist(), store.age(table=1).tolist(), [t.pushes for t in store]))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_processes_have_the_same_tables(method, dtype):

@@ -233,6 +233,7 @@ def outcomes() -> dict[str, str]:
     return dict(json.loads(line) for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_padding(name: str, outcomes: dict[str, str]) -> None:
     assert outcomes[name] == "passed", outcomes[name]

@@ -79,6 +79,7 @@ def test_any_number_of_shards_gives_the_same_bits(seed, shards, replace, expand,
     np.testing.assert_array_equal(many.graph.degree(seeds), graph.degree(seeds))
 
 
+@pytest.mark.slow
 def test_indices_of_64_bits_and_hashed_ids(graph):
     from gglspeedup.sampler_cpu import CpuSampler
 
@@ -170,7 +171,7 @@ def _sample_elsewhere(many, rank, queue):
     queue.put((rank, batches, many.graph.degree([0]).tolist()))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
+@pytest.mark.parametrize("method", [pytest.param("spawn", marks=pytest.mark.slow), "fork"])
 @pytest.mark.parametrize("mapped", [False, True])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_processes_attach_to_the_same_memory(graph, method, mapped, tmp_path):

@@ -71,7 +71,7 @@ def _gather_elsewhere(features, rank, queue):
     queue.put((rank, rows.tobytes(), private))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_processes_attach(graph, mapped, tmp_path):
     x = np.random.default_rng(2).random((NODES, 5))
     if mapped:

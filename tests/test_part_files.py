@@ -110,7 +110,8 @@ def test_equals_naive(tmp_path, small_pieces, case, graph, memory):
     assert not list((tmp_path / "out").glob("*.part*l"))  # no name of an unfinished file
 
 
-@pytest.mark.parametrize("method", [pytest.param("contiguous", marks=pytest.mark.slow), "random"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["contiguous", "random"])
 def test_many_parts(tmp_path, method):
     """More than nodes, and more than one byte counts."""
     num_parts = 1200

@@ -277,7 +277,7 @@ class OddError(Exception):
 
 
 @pytest.mark.parametrize("raised", [ValueError("broken batch"), OddError(1, 2), MemoryError("no room"), SystemExit(3)])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_an_error_comes_in_its_batchs_place(raised, count, monkeypatch):
     made = loader(workers=count)
     sampler = made.graph_sampler._made()
@@ -349,6 +349,7 @@ def gone(pids: list[int], seconds: float = 10) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, "exit", "error"])
 def test_workers_end_with_their_parent(how):
     then = {"exit": "sys.exit()", "error": "1 / 0"}.get(str(how), "time.sleep(60)")
