@@ -412,5 +412,4 @@ def test_examples(module: Any) -> None:
 def test_accuracy_on_citeseer(shared_data: Path) -> None:
     data = datasets.load_dataset("citeseer", shared_data)  # test_demos.py has Cora and PubMed
     options = training.parser().parse_args(["--device", "cpu", "--quiet"])
-    accuracy = [sage_torch.train(data, options, seed).test_accuracy for seed in range(3)]
-    assert np.mean(accuracy) >= 0.66, accuracy
+    assert sage_torch.train(data, options, seed=0).test_accuracy >= 0.66

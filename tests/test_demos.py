@@ -93,7 +93,7 @@ def test_runs_as_a_file(name: str, toy: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_reaches_the_accuracies(name: str, shared_data: Path, tmp_path: Path) -> None:
-    command = ["-m", f"demo.{demo_file(name).stem}", "--root", str(shared_data), "--seeds", "2", "--quiet"]
+    command = ["-m", f"demo.{demo_file(name).stem}", "--root", str(shared_data), "--quiet"]
     least = {"cora": 0.78, "pubmed": 0.75}
     # Side by side, as each uses little more than one core.
     with ExitStack() as stack:
@@ -101,6 +101,6 @@ def test_reaches_the_accuracies(name: str, shared_data: Path, tmp_path: Path) ->
         runs = {graph: stack.enter_context(start([*command, *options[graph]], ROOT)) for graph in least}
         reports = {graph: finish(process)[0] for graph, process in runs.items()}
     for graph, report in reports.items():
-        accuracy = re.search(r"^test accuracy +(\d\.\d+) ± \d\.\d+ \(2 seeds\)$", report, re.MULTILINE)
+        accuracy = re.search(r"^test accuracy +(\d\.\d+)$", report, re.MULTILINE)
         assert accuracy and float(accuracy[1]) >= least[graph], report
         assert (tmp_path / f"sage_{graph}.png").exists()

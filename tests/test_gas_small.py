@@ -438,10 +438,8 @@ def test_command_explains_what_it_lacks(root: Path, capsys: pytest.CaptureFixtur
             gas_small.main([*options, *wrong])
 
 
-@pytest.mark.parametrize(
-    "how",
-    [pytest.param(["demo/gas_small.py"], id="file"), pytest.param(["-m", "demo.gas_small"], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["demo/gas_small.py"], ["-m", "demo.gas_small"]], ids=["file", "module"])
 def test_runs_as_a_program(root: Path, how: list[str]) -> None:
     options = ["--model", "gat", "--root", str(root), "--out", str(root / "out"), *FEW, "--storage", "mmap"]
     done = subprocess.run(

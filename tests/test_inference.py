@@ -471,6 +471,7 @@ def test_bad_layers(layer, error, words, in_a_folder, tmp_path):
         infer([lambda x, adj: x, layer], x=np.repeat(signs[:, None], 5, 1), path=path)
 
 
+@pytest.mark.slow
 def test_a_sharded_graph_runs_in_memory_alone(tmp_path):
     sampler = gglspeedup.MultiGPUSampler("cpu", GRAPH, devices=["cpu", "cpu"], sizes=[-1]).sampler(1)
     np.testing.assert_array_equal(infer(graph=sampler), expected())
