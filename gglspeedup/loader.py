@@ -209,7 +209,7 @@ class NodeLoader(EpochLoader[Batch]):
         check_policy(budget.policy, self.graph_sampler.graph)
         meter = meter_for(self.device, self.backend)
         in_use = meter.in_use()
-        budget.prepare(len(self.sizes), in_use)
+        budget.prepare(len(self.sizes), in_use, meter.chance)
         if in_use >= budget.limit:
             needs = f"more than the {in_use} bytes that are in use before training"
             raise ArgumentValueError(explain("memory_limit", needs, budget.limit, "raise the limit"))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from gglspeedup.arguments import check_flag
 from gglspeedup.errors import ArgumentTypeError, ArgumentValueError, GGLSpeedupError, explain
 from gglspeedup.memory import parse_size
-from gglspeedup.memory_model import BatchLoad, MemoryModel, model_of
+from gglspeedup.memory_model import BatchLoad, MemoryModel, Outlook, model_of
 
 POLICIES = ("split", "resample", "random", "degree", "pagerank")
 CUTS = POLICIES[2:]
@@ -124,11 +124,13 @@ class MemoryBudget:
             raise ArgumentValueError(explain("learn", "a model where it is False", "none", "pass model=, or learn"))
         self.widths = None if widths is None else _checked_widths(widths)
         self.counters = Counters()
+        self._chance = 0
         self._records: collections.deque[tuple[float, int]] = collections.deque(maxlen=_KEPT_RECORDS)
         self._lock = threading.Lock()
 
-    def prepare(self, hops: int, in_use: int) -> None:
-        """Take the number of hops of the batches to come, and the bytes in use before.
+    def prepare(self, hops: int, in_use: int, chance: int = 0) -> None:
+        """Take the number of hops of the batches to come, the bytes in use before, and by how many a batch may take
+        more another time.
 
         Raises
         ------
@@ -143,8 +145,10 @@ class MemoryBudget:
         if self.model.hops != hops:
             needs = f"a model of batches of {hops} hops"
             raise ArgumentValueError(explain("memory_limit", needs, f"{self.model!r}", "fit one for these sizes"))
-        if self.learn and self.model.count:
-            self.model.move(in_use)
+        if self.learn:
+            self._chance = chance  # else what is done depends on the model alone
+            if self.model.count:
+                self.model.move(in_use)
 
     def renewed(self) -> MemoryBudget:
         """Return a budget with the same limit and policy, for another kind of batches, with nothing fitted."""
@@ -166,7 +170,7 @@ class MemoryBudget:
                 used = in_use()
                 scale = (self.limit - used) / (_FIRST_TIMES * max(load.own, 1))
                 return Verdict(used + load.own, used + _FIRST_TIMES * load.own, used, scale >= 1, False, scale)
-            expected, fixed, margin, reach = model.outlook(load)
+            expected, fixed, margin, reach = self._outlook(load)
         reach = reach if self.learn else 0.0
         # However large errors were, half of the room is for batches: else they would shrink to single seeds.
         upper = expected + min(margin, max(self.limit - fixed, 0.0) / 2)
@@ -192,9 +196,8 @@ class MemoryBudget:
 
     def variable(self, load: BatchLoad) -> float:
         """Return how many bytes a batch may add to those in use."""
-        model = self._prepared()
         with self._lock:
-            expected, fixed, margin, _ = model.outlook(load)
+            expected, fixed, margin, _ = self._outlook(load)
         return expected + margin - fixed
 
     def idle(self, held: int, in_use: int) -> None:
@@ -249,6 +252,10 @@ class MemoryBudget:
             raise ArgumentValueError(explain("model", "measurements", "none", "train on some batches first"))
         with self._lock:
             self.model.save(path)
+
+    def _outlook(self, load: BatchLoad) -> Outlook:
+        found = self._prepared().outlook(load)
+        return found._replace(margin=max(found.margin, float(self._chance)))
 
     def _prepared(self) -> MemoryModel:
         assert self.model is not None, "prepare comes first"

@@ -40,6 +40,10 @@ class Meter(Protocol):
     def tidies(self) -> bool:
         """Whether freed memory can be given back; else some of it may always be kept, and count as in use."""
 
+    @property
+    def chance(self) -> int:
+        """Bytes by which the same batch may take more another time."""
+
 
 class ProcessMeter:
     """The resident set of this process, as the system counts it: memory that an allocator keeps is part of it.
@@ -48,6 +52,10 @@ class ProcessMeter:
     (``ru_maxrss``, ``VmHWM``) will notice. Where that is refused, and on macOS, the peak is that of the whole life of
     the process: a start says how high it was, and it tells something only of what exceeds it.
     """
+
+    # Two arrays as large as glibc still looks for holes between others for (mallopt(3), M_MMAP_THRESHOLD): whether it
+    # finds one is chance. It gives larger ones memory of their own.
+    chance = 2 * (32 << 20)
 
     def __init__(self) -> None:
         self._resets = _resets_peak()
@@ -102,6 +110,7 @@ class DeviceMeter:
     """
 
     tidies = True  # freed memory counts as free, anyway
+    chance = 0  # what is handed out is counted, not where it lies
 
     def __init__(self, backend: str, index: int) -> None:
         self._backend = backend

@@ -26,6 +26,9 @@ _EARLY = 8
 _FADED = 0.05
 _KEPT_ERRORS = 128
 _RIDGE = 1e-9
+# Bytes of memory for each byte of the batches that wait, at most: as they are, converted, and a copy between the two.
+# The first measurements would explain all that is in use by so little.
+_MOST_HELD = 3.0
 # What a margin is at least, of all memory; and before there are errors to go by, of that which depends on the batch.
 _LEAST_MARGIN, _EARLY_MARGIN = 0.05, 0.5
 
@@ -86,7 +89,8 @@ class Outlook(NamedTuple):
 
 
 class MemoryModel:
-    """A linear model of peak memory, with no negative coefficient, fitted one measurement at a time.
+    """A linear model of peak memory, with no negative coefficient and at most 3 bytes for each that waits, fitted one
+    measurement at a time.
 
     Recent measurements and relative errors count most. The margin is the worst of the last 128 errors.
 
@@ -251,6 +255,15 @@ def model_of(model: Any) -> MemoryModel | None:
 
 
 def _solve(gram: Floats, moment: Floats) -> Floats:
+    """Return the least-squares coefficients, none negative and the last one bounded."""
+    found = _positive(gram, moment)
+    if found[-1] > _MOST_HELD:  # the error is convex: within the bound, it is least at the bound
+        rest = _positive(gram[:-1, :-1], moment[:-1] - _MOST_HELD * gram[:-1, -1])
+        found = np.append(rest, _MOST_HELD)
+    return found
+
+
+def _positive(gram: Floats, moment: Floats) -> Floats:
     """Return the least-squares coefficients, none negative, of the smallest norm where several fit."""
     scale = np.sqrt(np.diag(gram))
     found = np.zeros(len(moment))

@@ -257,6 +257,7 @@ class FakeMeter:
     node = 4096
     base = 100 * node
     tidies = True
+    chance = 0
 
     def __init__(self) -> None:
         self.most = self.base
@@ -285,6 +286,20 @@ def test_larger_batches_are_not_split_far_below_the_limit():
         verdict = budget.judge(large, lambda: 1000)
         assert verdict.fits == fits and not verdict.over and verdict.upper < limit
         assert verdict.scale >= 1 if fits else verdict.scale == pytest.approx(0.02)
+
+
+def test_room_is_left_for_chance():
+    """A margin is at least what the meter says of chance, unless the model alone decides, and half of the room."""
+    load = BatchLoad((10, 10), (10,), (4.0, 1.0), 1000, 1000)
+    for learn, limit, added in ((True, 10**6, 5000), (False, 10**6, 500), (True, 14_000, 2000)):
+        budget = MemoryBudget(limit, model=MemoryModel(1), learn=learn)
+        for _ in range(20):
+            budget.model.observe_idle(0, 10_000)
+            budget.model.observe(load, 10_000)
+        budget.prepare(1, 0, chance=5000)
+        verdict = budget.judge(load, lambda: 0)
+        assert verdict.fixed == pytest.approx(10_000, rel=1e-3)
+        assert verdict.upper - verdict.expected == pytest.approx(added, rel=0.02)
 
 
 def test_a_fitted_model_is_used_again(tmp_path, monkeypatch):

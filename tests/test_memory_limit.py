@@ -101,6 +101,7 @@ class KeepingMeter:
 
     def __init__(self, tidies: bool = True) -> None:
         self.tidies = tidies
+        self.chance = 0
         self.kept = self.most = 1000
 
     def in_use(self) -> int:

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy.optimize import nnls
 
 from gglspeedup.memory_model import BatchLoad, MemoryModel, MemoryModelFileError, model_of
 
@@ -100,6 +101,31 @@ def test_idle_measurements_tell_what_is_fixed():
     assert model.predict(load) == pytest.approx(9e8, rel=1e-3)
     model.observe_idle(0, 5e8)
     assert 4e8 < model.outlook(load).fixed < 6e8
+
+
+def test_what_is_in_use_anyway_is_not_put_down_to_waiting_batches():
+    """As a process of 460 MB in use measured it: a batch that waits is a thousandth of that."""
+    model = MemoryModel(2)
+    load = BatchLoad((2095, 234, 24), (2043, 210), (256.0, 1.0, 1.0), 600_000, 600_000)
+    model.observe_idle(load.held, 458e6)
+    model.observe(load, 496e6)
+    more = load._replace(held=4 * load.held)
+    assert 450e6 < model.outlook(more).fixed < model.predict(more) < 510e6
+    assert model.coefficients[-1] <= 3.0
+
+
+def test_the_bound_on_what_waits_is_the_best_within_it():
+    """All else is fitted as if what waits took 3 bytes each."""
+    truth = np.where(np.arange(7) == 6, 9.0, TRUTH)
+    bounded, loads = MemoryModel(2), [some_load() for _ in range(40)]
+    for load in loads:
+        bounded.observe(load, float(truth @ load.features()))
+    assert bounded.coefficients[-1] == 3.0
+    rows = np.array([load.features() for load in loads])
+    scaled, age = rows / (rows @ truth)[:, None], np.arange(40)[::-1]
+    weights = np.sqrt(0.995 ** np.minimum(age, 32) * 0.8 ** np.maximum(age - 32, 0))
+    found = nnls(scaled[:, :-1] * weights[:, None], (1 - 3.0 * scaled[:, -1]) * weights)[0]
+    np.testing.assert_allclose(rows @ bounded.coefficients, rows @ np.append(found, 3.0), rtol=1e-4)
 
 
 def test_a_model_moves_to_a_process_that_has_more_in_use():
